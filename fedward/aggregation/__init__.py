@@ -1,0 +1,1 @@
+"""Secure aggregation (both sides), fixed point and aggregation schemes."""

@@ -1,0 +1,1 @@
+"""The hospital's side: agent (messages, policy, session) and trainer (data, model)."""

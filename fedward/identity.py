@@ -1,0 +1,172 @@
+"""Ed25519 identities, the pinned roster and signed envelopes.
+
+A signature always covers a purpose and its fields through :func:`fedward.canonical.digest`, so that
+bytes signed for one purpose never verify for another. Verification raises; it never returns False.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+    Ed25519PrivateKey,
+    Ed25519PublicKey,
+)
+
+from fedward.canonical import digest
+from fedward.errors import IdentityError
+
+_SIGNATURE_BYTES = 64
+_KEY_BYTES = 32
+
+
+class Identity:
+    """A long-lived Ed25519 key pair (RFC 8032).
+
+    Args:
+        seed: The 32 secret bytes; left out, a new key is drawn from the operating system.
+    """
+
+    def __init__(self, seed: bytes | None = None) -> None:
+        seed = os.urandom(_KEY_BYTES) if seed is None else seed
+        if len(seed) != _KEY_BYTES:
+            raise IdentityError(f"an Ed25519 seed has {_KEY_BYTES} bytes, not {len(seed)}")
+        self._key = Ed25519PrivateKey.from_private_bytes(seed)
+        self.public_key: bytes = self._key.public_key().public_bytes_raw()
+
+    def sign(self, purpose: str, *fields: bytes) -> bytes:
+        """Sign the fields for one purpose; returns 64 bytes."""
+        return self._key.sign(digest(purpose, *fields))
+
+    def sign_raw(self, message: bytes) -> bytes:
+        """Sign exactly these bytes, for a protocol that has its own domain separation."""
+        return self._key.sign(message)
+
+    def seal(self, purpose: str, body: bytes) -> bytes:
+        """Return ``signature ‖ body``, which :func:`open_sealed` opens."""
+        return self.sign(purpose, body) + body
+
+    def save(self, path: Path) -> None:
+        """Write the secret seed to a new file that only its owner can read.
+
+        Raises:
+            FileExistsError: A key is there already; it is never overwritten.
+        """
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(self._key.private_bytes_raw())
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def load(cls, path: Path) -> "Identity":
+        """Read a key that :meth:`save` wrote."""
+        return cls(path.read_bytes())
+
+    @classmethod
+    def load_or_create(cls, path: Path) -> "Identity":
+        """Read the key at ``path``, or make it on first use."""
+        if not path.exists():
+            cls().save(path)
+        return cls.load(path)
+
+
+def verify_raw(public_key: bytes, signature: bytes, message: bytes) -> None:
+    """Check an Ed25519 signature over exactly these bytes.
+
+    Raises:
+        IdentityError: The signature or the key does not hold.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
+    except (InvalidSignature, ValueError) as error:
+        raise IdentityError("signature does not verify under the pinned key") from error
+
+
+def verify(public_key: bytes, purpose: str, signature: bytes, *fields: bytes) -> None:
+    """Check a signature that :meth:`Identity.sign` made.
+
+    Raises:
+        IdentityError: Wrong key, purpose, field or signature.
+    """
+    verify_raw(public_key, signature, digest(purpose, *fields))
+
+
+def open_sealed(public_key: bytes, purpose: str, sealed: bytes) -> bytes:
+    """Return the body of ``signature ‖ body`` after checking it.
+
+    Raises:
+        IdentityError: Too short, or the signature does not hold.
+    """
+    signature, body = sealed[:_SIGNATURE_BYTES], sealed[_SIGNATURE_BYTES:]
+    verify(public_key, purpose, signature, body)
+    return body
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One site of the roster.
+
+    Args:
+        id: Site number, 0 to 2^32 - 1, unique in the roster.
+        name: What people call it.
+        public_key: Its Ed25519 key, 32 bytes.
+    """
+
+    id: int
+    name: str
+    public_key: bytes
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        if not 0 <= self.id < 2**32:
+            raise IdentityError(f"site id {self.id} is not in 0 .. 2^32 - 1")
+        if len(self.public_key) != _KEY_BYTES:
+            raise IdentityError(f"the key of site {self.name!r} must have {_KEY_BYTES} bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roster:
+    """The member sites and the coordinator, as every site pins them.
+
+    Args:
+        epoch: Grows with every change; a site refuses an older one.
+        coordinator: The coordinator's Ed25519 key, 32 bytes.
+        members: The sites, ordered by id, ids and keys unique.
+    """
+
+    epoch: int
+    coordinator: bytes
+    members: tuple[Member, ...]
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        ids = [member.id for member in self.members]
+        if ids != sorted(set(ids)):
+            raise IdentityError("roster members must be ordered by id, each id once")
+        if len({member.public_key for member in self.members}) != len(ids):
+            raise IdentityError("two roster members share a key")
+
+    def hash(self) -> bytes:
+        """The 32 bytes that every session binds."""
+        entries: Iterable[bytes] = (
+            digest(m.id.to_bytes(4, "big"), m.name.encode(), m.public_key) for m in self.members
+        )
+        return digest("roster", self.epoch.to_bytes(8, "big"), self.coordinator, *entries)
+
+    def member(self, site: int) -> Member:
+        """The member with this id.
+
+        Raises:
+            IdentityError: No such site.
+        """
+        for member in self.members:
+            if member.id == site:
+                return member
+        raise IdentityError(f"site {site} is not in the roster (epoch {self.epoch})")
+
+    def key(self, site: int) -> bytes:
+        """The Ed25519 key of a member."""
+        return self.member(site).public_key

@@ -1,0 +1,332 @@
+"""The plan: what a run trains and with what privacy, as frozen dataclasses (DESIGN §7).
+
+Every limit of a value stands in this module. What decides the privacy guarantee (rates, clips,
+counts, epsilon, delta) is a public constant here and is never derived from a site's data.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fedward import typed_toml
+from fedward.canonical import canonical_json, digest
+from fedward.errors import InvalidValue
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _check(holds: bool, key: str, value: object, allowed: str) -> None:
+    """Raise unless the value of a key is allowed (NaN never is: no comparison holds for it)."""
+    if not holds:
+        raise InvalidValue(key, value, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """``[model]``: the frozen base model.
+
+    Args:
+        path: A folder, or a hub id where sites allow downloads.
+        sha256: Hex digest over weights, configuration and tokenizer; sites refuse another model.
+            A run fills it in when it starts.
+        quantize: How the frozen base is held: ``none``, ``nf4`` or ``int8`` (bitsandbytes).
+    """
+
+    path: str
+    sha256: str | None = None
+    quantize: Literal["none", "nf4", "int8"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        _check(bool(self.path), "path", self.path, "a folder or hub id")
+        if self.sha256 is not None:
+            holds = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
+            _check(holds, "sha256", self.sha256, "64 lower-case hex digits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuner:
+    """``[tuner]``: the PEFT method; every other key is passed to PEFT unrenamed.
+
+    Args:
+        method: ``lora`` (QLoRA is ``lora`` over a quantized base).
+        arguments: The keys of ``peft.LoraConfig``, for example ``r`` and ``target_modules``.
+    """
+
+    method: Literal["lora"] = "lora"
+    arguments: Mapping[str, Any] = field(default_factory=dict, metadata={typed_toml.REST: True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """``[task]``: the objective.
+
+    Args:
+        objective: ``sft`` (causal language modelling) or ``classify``.
+        max_length: Tokens kept of one example, 8 to 131072.
+        labels: The classes of ``classify`` in order. Public by nature: sites never derive them
+            from their data. A simulation fills them in from all of its data.
+    """
+
+    objective: Literal["sft", "classify"] = "sft"
+    max_length: int = 512
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        _check(8 <= self.max_length <= 131072, "max_length", self.max_length, "8 to 131072 tokens")
+        unique = len(set(self.labels)) == len(self.labels) != 1
+        _check(unique, "labels", list(self.labels), "at least two classes, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """``[data] split``: makes sites out of one data set, in simulation only.
+
+    Args:
+        by: The column whose values are dealt unevenly, usually the label.
+        alpha: Dirichlet concentration, > 0; small is uneven.
+        sites: Number of sites, 2 to 10000.
+        seed: Seed of the split.
+    """
+
+    by: str
+    alpha: float
+    sites: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        _check(0 < self.alpha < math.inf, "alpha", self.alpha, "a number above 0")
+        _check(2 <= self.sites <= 10000, "sites", self.sites, "2 to 10000")
+        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """``[data]``: which columns hold what; a site may map its own names onto these.
+
+    Args:
+        text: Column of the input text.
+        label: Column of the class (``classify``).
+        messages: Column of chat messages (``sft``), rendered with the model's chat template.
+        prompt: Column of the prompt (``sft``); only the completion is then learned.
+        completion: Column of the completion (``sft``).
+        template: Text with ``{column}`` fields that replaces ``text`` (or ``prompt``).
+        unit: Column naming whom privacy protects, usually the patient. Left out, each row is a
+            unit of its own.
+        site: Column that makes the sites, in simulation only.
+        split: Makes sites by a Dirichlet split, in simulation only.
+    """
+
+    text: str = "text"
+    label: str = "label"
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    template: str | None = None
+    unit: str | None = None
+    site: str | None = None
+    split: Split | None = None
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        paired = (self.prompt is None) == (self.completion is None)
+        _check(paired, "prompt", self.prompt, "prompt and completion together, or neither")
+        one = self.messages is None or self.prompt is None
+        _check(one, "messages", self.messages, "either messages or prompt and completion")
+        one = self.site is None or self.split is None
+        _check(one, "split", self.split, "either site or split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """``[rounds]``: how long and how fast a run trains. All are public constants.
+
+    Args:
+        count: Rounds that must complete, 1 to 100000.
+        spare: Lost rounds that may be repeated, 0 to 100000; the noise covers count + spare.
+        steps: Local optimizer steps a round, 1 to 10000.
+        sampling_rate: Poisson rate of every unit, 0 < rate <= 1, the same at every site.
+        normaliser: Clipped sums are divided by this constant, > 0, whatever was drawn.
+        learning_rate: Step size of the local optimizer, > 0.
+        optimizer: Local optimizer, new in every round: ``adamw`` or ``sgd``.
+        deadline: Longest time a stage of a round may take: a number with s, m or h.
+    """
+
+    count: int
+    steps: int
+    sampling_rate: float
+    normaliser: float
+    learning_rate: float
+    spare: int = 2
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    deadline: str = "60m"
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        _check(1 <= self.count <= 100000, "count", self.count, "1 to 100000 rounds")
+        _check(0 <= self.spare <= 100000, "spare", self.spare, "0 to 100000 rounds")
+        _check(1 <= self.steps <= 10000, "steps", self.steps, "1 to 10000 steps")
+        rate = self.sampling_rate
+        _check(0 < rate <= 1, "sampling_rate", rate, "a rate above 0 and at most 1")
+        positive = 0 < self.normaliser < math.inf
+        _check(positive, "normaliser", self.normaliser, "a number above 0")
+        positive = 0 < self.learning_rate < math.inf
+        _check(positive, "learning_rate", self.learning_rate, "a number above 0")
+        shape = re.fullmatch(r"[1-9][0-9]{0,6}[smh]", self.deadline)
+        _check(shape is not None, "deadline", self.deadline, "a number with s, m or h, like '60m'")
+
+    @property
+    def deadline_seconds(self) -> int:
+        """The deadline of one stage in seconds."""
+        return int(self.deadline[:-1]) * _SECONDS[self.deadline[-1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """``[cohort]``: how many sites a sum needs.
+
+    Args:
+        minimum: Fewest sites in a sum, at least max(3, colluders + 2).
+        colluders: Sites that may work together with the coordinator, 0 or more.
+    """
+
+    minimum: int = 3
+    colluders: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        _check(self.colluders >= 0, "colluders", self.colluders, "0 or more")
+        lowest = max(3, self.colluders + 2)
+        allowed = f"at least {lowest} with {self.colluders} colluders"
+        _check(lowest <= self.minimum <= 100000, "minimum", self.minimum, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregation:
+    """``[aggregation]``: what is summed and how it becomes the next adapter.
+
+    Args:
+        scheme: ``fedavg`` (every trainable tensor) or ``ffa`` (LoRA's A frozen and orthonormal).
+        update_clip: L2 bound of a site's update, > 0; fixes the fixed-point grid.
+        word_bits: Bits of one word of the masked sum.
+    """
+
+    scheme: Literal["fedavg", "ffa"] = "fedavg"
+    update_clip: float = 1.0
+    word_bits: Literal[32] = 32
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        positive = 0 < self.update_clip < math.inf
+        _check(positive, "update_clip", self.update_clip, "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """``[privacy]``: the guarantee to one unit, add/remove neighbours.
+
+    Args:
+        epsilon: > 0; ``inf`` switches privacy off and is refused outside simulation.
+        delta: 0 < delta < 1, at most 1 / (10 x patients) is customary.
+        clip: L2 bound of one unit's gradient, > 0.
+        records_per_unit: At most so many records of one unit in a step, 1 to 1000.
+    """
+
+    epsilon: float = 8.0
+    delta: float = 1e-6
+    clip: float = 1.0
+    records_per_unit: int = 4
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        _check(self.epsilon > 0, "epsilon", self.epsilon, "above 0, or inf for no privacy")
+        _check(0 < self.delta < 0.1, "delta", self.delta, "above 0 and below 0.1")
+        _check(0 < self.clip < math.inf, "clip", self.clip, "a number above 0")
+        records = self.records_per_unit
+        _check(1 <= records <= 1000, "records_per_unit", records, "1 to 1000")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether updates are clipped and noised at all."""
+        return math.isfinite(self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """``[metrics]``: noised sums of held-out metrics beside the update; left out, none leaves.
+
+    Args:
+        epsilon: What all rounds' metrics together may cost one unit, > 0; charged on top.
+        loss_bound: One unit's loss is clipped to 0 .. loss_bound, > 0.
+    """
+
+    epsilon: float
+    loss_bound: float = 4.0
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        _check(0 < self.epsilon < math.inf, "epsilon", self.epsilon, "a number above 0")
+        positive = 0 < self.loss_bound < math.inf
+        _check(positive, "loss_bound", self.loss_bound, "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole plan. Equal plans have equal hashes; a run freezes its plan when it starts.
+
+    Args:
+        name: Lower-case letters, digits and dashes.
+        mode: ``local``: each site trains, then updates are summed.
+        seed: Public seed of the adapter's start; no secret depends on it.
+    """
+
+    name: str
+    model: Model
+    rounds: Rounds
+    mode: Literal["local"] = "local"
+    seed: int = 0
+    tuner: Tuner = field(default_factory=Tuner)
+    task: Task = field(default_factory=Task)
+    data: Data = field(default_factory=Data)
+    cohort: Cohort = field(default_factory=Cohort)
+    aggregation: Aggregation = field(default_factory=Aggregation)
+    privacy: Privacy = field(default_factory=Privacy)
+    metrics: Metrics | None = None
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        shape = re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", self.name)
+        _check(shape is not None, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+
+    def hash(self) -> bytes:
+        """The 32 bytes that approve, sign and bind this plan."""
+        return digest("plan", self.to_json())
+
+    def to_json(self) -> bytes:
+        """Canonical JSON with every default written out; :func:`from_json` reads it back."""
+        return canonical_json(dataclasses.asdict(self))
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and check a plan file.
+
+    Raises:
+        ConfigurationError: Names file, section, key, value and what is allowed.
+    """
+    return typed_toml.load(Plan, path)
+
+
+def from_json(data: bytes) -> Plan:
+    """Read a plan that :meth:`Plan.to_json` wrote, with the same checks as a file.
+
+    Raises:
+        ConfigurationError: Not JSON, or not a valid plan.
+    """
+    return typed_toml.parse_json(Plan, data)

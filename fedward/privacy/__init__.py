@@ -1,0 +1,1 @@
+"""Differential privacy at a site: clip engine, units, noise, accounting, ledger."""

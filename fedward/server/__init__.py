@@ -1,0 +1,1 @@
+"""The coordinator's side: rounds, evaluation, models, central training."""

@@ -1,0 +1,1 @@
+"""What site and coordinator share: base models, PEFT methods, objectives, data, metrics."""

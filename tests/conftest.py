@@ -1,0 +1,7 @@
+"""Nothing in the tests may reach a hub."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+import fedward  # noqa: E402, F401  # switches telemetry off before any test imports a library
