@@ -58,7 +58,9 @@ class Tuner:
     """
 
     method: Literal["lora"] = "lora"
-    arguments: Mapping[str, Any] = field(default_factory=dict, metadata={typed_toml.REST: True})
+    arguments: Mapping[str, Any] = field(
+        default_factory=dict, hash=False, metadata={typed_toml.REST: True}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

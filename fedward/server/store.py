@@ -1,0 +1,194 @@
+"""What the coordinator must not forget: the events of its runs (SQLite) and their blobs (files).
+
+Every transition of a round is one event, unique by run, round, session, attempt, site and phase,
+and chained by hash. Writing an event twice changes nothing, so a restarted coordinator folds the
+events and goes on. Blobs (adapters, sums) are content-addressed files, in place before the event
+that names them.
+"""
+
+import contextlib
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from fedward.attempt import Attempt
+from fedward.canonical import Json, canonical_json, digest
+from fedward.errors import RoundError
+
+EVERYBODY = -1
+"""The ``site`` of an event that concerns no single site."""
+
+
+class Phase(StrEnum):
+    """The transitions of a round, in order; ABORTED ends an attempt, COMMITTED ends a round."""
+
+    STARTED = "started"
+    INVITED = "invited"
+    READY = "ready"
+    LEFT_OUT = "left-out"
+    KEYS = "keys"
+    MASKED = "masked"
+    CONSISTENT = "consistent"
+    UNMASKED = "unmasked"
+    ABORTED = "aborted"
+    COMMITTED = "committed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One transition.
+
+    Args:
+        attempt: Where it belongs.
+        site: The site's roster id, or :data:`EVERYBODY`.
+        phase: What happened.
+        payload: Canonical JSON with the facts of the phase.
+    """
+
+    attempt: Attempt
+    site: int
+    phase: Phase
+    payload: bytes
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS event (
+  seq INTEGER PRIMARY KEY,
+  run TEXT NOT NULL, round INTEGER NOT NULL, session INTEGER NOT NULL, attempt INTEGER NOT NULL,
+  site INTEGER NOT NULL, phase TEXT NOT NULL, payload BLOB NOT NULL,
+  hash BLOB NOT NULL,
+  UNIQUE (run, round, session, attempt, site, phase)
+) STRICT
+"""
+
+
+class RunStore:
+    """Events and blobs of one coordinator, in one folder.
+
+    Args:
+        folder: Created if missing, readable by its owner only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._blobs = folder / "blobs"
+        self._blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._db = sqlite3.connect(folder / "runs.sqlite", isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute(_SCHEMA)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    def record(
+        self, attempt: Attempt, phase: Phase, facts: Json = None, *, site: int = EVERYBODY
+    ) -> None:
+        """Make one event durable; the same event again changes nothing.
+
+        Raises:
+            RoundError: The same event is there with other facts.
+        """
+        payload = canonical_json(facts)
+        key = (attempt.run, *attempt.order, site, phase.value)
+        with self._transaction():
+            row = self._db.execute(
+                "SELECT payload FROM event WHERE run=? AND round=? AND session=? AND attempt=? "
+                "AND site=? AND phase=?",
+                key,
+            ).fetchone()
+            if row is not None:
+                if row[0] != payload:
+                    raise RoundError(f"{phase} of {attempt} was recorded with other facts")
+                return
+            head = self._head()
+            hashed = _chain(head, attempt, site, phase.value, payload)
+            self._db.execute(
+                "INSERT INTO event (run, round, session, attempt, site, phase, payload, hash) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (*key, payload, hashed),
+            )
+
+    def events(self, run: str) -> list[Event]:
+        """All events of a run, oldest first, after checking the whole chain.
+
+        Raises:
+            RoundError: An event was changed, removed or put in.
+        """
+        head, found = _START, list[Event]()
+        rows = self._db.execute(
+            "SELECT run, round, session, attempt, site, phase, payload, hash "
+            "FROM event ORDER BY seq"
+        )
+        for name, round_number, session, number, site, phase, payload, hashed in rows:
+            attempt = Attempt(run=name, round=round_number, session=session, attempt=number)
+            head = _chain(head, attempt, site, phase, payload)
+            if head != hashed:
+                raise RoundError(f"the event log is broken at {phase} of {attempt}")
+            if name == run:
+                found.append(
+                    Event(attempt=attempt, site=site, phase=Phase(phase), payload=payload)
+                )
+        return found
+
+    def put_blob(self, data: bytes) -> str:
+        """Store bytes durably under their SHA-256 and return its hex digest."""
+        name = hashlib.sha256(data).hexdigest()
+        path = self._blobs / name
+        if not path.exists():
+            scratch = path.with_suffix(".part")
+            with scratch.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+            _sync_folder(self._blobs)
+        return name
+
+    def blob(self, name: str) -> bytes:
+        """Read stored bytes.
+
+        Raises:
+            RoundError: They are missing or damaged.
+        """
+        try:
+            data = (self._blobs / name).read_bytes()
+        except OSError as error:
+            raise RoundError(f"blob {name} is missing") from error
+        if hashlib.sha256(data).hexdigest() != name:
+            raise RoundError(f"blob {name} is damaged")
+        return data
+
+    def _head(self) -> bytes:
+        row = self._db.execute("SELECT hash FROM event ORDER BY seq DESC LIMIT 1").fetchone()
+        return _START if row is None else bytes(row[0])
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+_START = bytes(32)
+
+
+def _chain(head: bytes, attempt: Attempt, site: int, phase: str, payload: bytes) -> bytes:
+    position = canonical_json([attempt.run, *attempt.order, site, phase])
+    return digest("event", head, position, payload)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
