@@ -11,7 +11,8 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 def canonical_json(value: Json) -> bytes:
     """Encode a value so that equal values give equal bytes (sorted keys, no spaces, UTF-8).
 
-    Floats are written by ``repr``, which round-trips float64; infinities as ``Infinity``.
+    Floats are written by ``repr``, which round-trips float64, so that 8 and 8.0 differ; infinities
+    as ``Infinity``. A caller refuses NaN, which equals nothing, before it comes here.
 
     >>> canonical_json({"b": 1, "a": [0.5, None]})
     b'{"a":[0.5,null],"b":1}'

@@ -6,6 +6,7 @@ bytes signed for one purpose never verify for another. Verification raises; it n
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +63,20 @@ class Identity:
 
     @classmethod
     def load(cls, path: Path) -> "Identity":
-        """Read a key that :meth:`save` wrote."""
-        return cls(path.read_bytes())
+        """Read a key that :meth:`save` wrote.
+
+        Raises:
+            IdentityError: There is no file, or it does not hold 32 bytes.
+        """
+        try:
+            return cls(path.read_bytes())
+        except (OSError, IdentityError) as error:
+            raise IdentityError(f"{path}: cannot read the secret key: {error}") from error
 
     @classmethod
     def load_or_create(cls, path: Path) -> "Identity":
         """Read the key at ``path``, or make it on first use."""
-        if not path.exists():
+        with suppress(FileExistsError):  # looking first would race with another process
             cls().save(path)
         return cls.load(path)
 
@@ -132,9 +140,9 @@ class Roster:
     """The member sites and the coordinator, as every site pins them.
 
     Args:
-        epoch: Grows with every change; a site refuses an older one.
+        epoch: Grows with every change, 0 to 2^64 - 1; a site refuses an older one.
         coordinator: The coordinator's Ed25519 key, 32 bytes.
-        members: The sites, ordered by id, ids and keys unique.
+        members: The sites, ordered by id; ids unique, and no key twice, the coordinator's included.
     """
 
     epoch: int
@@ -143,11 +151,16 @@ class Roster:
 
     def __post_init__(self) -> None:
         """Check every limit."""
+        if not 0 <= self.epoch < 2**64:
+            raise IdentityError(f"roster epoch {self.epoch} is not in 0 .. 2^64 - 1")
+        if len(self.coordinator) != _KEY_BYTES:
+            raise IdentityError(f"the coordinator's key must have {_KEY_BYTES} bytes")
         ids = [member.id for member in self.members]
         if ids != sorted(set(ids)):
             raise IdentityError("roster members must be ordered by id, each id once")
-        if len({member.public_key for member in self.members}) != len(ids):
-            raise IdentityError("two roster members share a key")
+        keys = {self.coordinator, *(member.public_key for member in self.members)}
+        if len(keys) != 1 + len(ids):
+            raise IdentityError("two of the roster's members and coordinator share a key")
 
     def hash(self) -> bytes:
         """The 32 bytes that every session binds."""
