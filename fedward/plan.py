@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedward import typed_toml
-from fedward.canonical import canonical_json, digest
-from fedward.errors import InvalidValue
+from fedward.canonical import Json, canonical_json, digest
+from fedward.errors import ConfigurationError, InvalidValue
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -23,6 +23,15 @@ def _check(holds: bool, key: str, value: object, allowed: str) -> None:
     """Raise unless the value of a key is allowed (NaN never is: no comparison holds for it)."""
     if not holds:
         raise InvalidValue(key, value, allowed)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether JSON carries a value and gives it back equal: no dates, sets, tuples or NaN."""
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    return value is None or (isinstance(value, bool | int | float | str) and value == value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,12 @@ class Tuner:
     arguments: Mapping[str, Any] = field(
         default_factory=dict, hash=False, metadata={typed_toml.REST: True}
     )
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        for key, value in self.arguments.items():
+            _check(key != "method", "arguments", key, "a key of PEFT")
+            _check(_is_plain(value), key, value, "text, numbers, true, false, or lists of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +209,7 @@ class Cohort:
     """``[cohort]``: how many sites a sum needs.
 
     Args:
-        minimum: Fewest sites in a sum, at least max(3, colluders + 2).
+        minimum: Fewest sites in a sum, max(3, colluders + 2) to 100000.
         colluders: Sites that may work together with the coordinator, 0 or more.
     """
 
@@ -205,7 +220,7 @@ class Cohort:
         """Check every limit."""
         _check(self.colluders >= 0, "colluders", self.colluders, "0 or more")
         lowest = max(3, self.colluders + 2)
-        allowed = f"at least {lowest} with {self.colluders} colluders"
+        allowed = f"{lowest} to 100000 with {self.colluders} colluders"
         _check(lowest <= self.minimum <= 100000, "minimum", self.minimum, allowed)
 
 
@@ -235,7 +250,7 @@ class Privacy:
 
     Args:
         epsilon: > 0; ``inf`` switches privacy off and is refused outside simulation.
-        delta: 0 < delta < 1, at most 1 / (10 x patients) is customary.
+        delta: 0 < delta < 0.1; at most 1 / (10 x patients) is customary.
         clip: L2 bound of one unit's gradient, > 0.
         records_per_unit: At most so many records of one unit in a step, 1 to 1000.
     """
@@ -306,6 +321,17 @@ class Plan:
         shape = re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", self.name)
         _check(shape is not None, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse what a section allows on its own, but not beside the others."""
+        data, minimum = self.data, self.cohort.minimum
+        chats = data.messages is not None or data.prompt is not None
+        allowed = "'sft' with messages or prompt and completion: 'classify' reads text"
+        _check(self.task.objective == "sft" or not chats, "objective", self.task.objective, allowed)
+        if data.split is not None:
+            allowed = f"at least [cohort] minimum = {minimum}"
+            _check(data.split.sites >= minimum, "sites", data.split.sites, allowed)
 
     def hash(self) -> bytes:
         """The 32 bytes that approve, sign and bind this plan."""
@@ -313,7 +339,19 @@ class Plan:
 
     def to_json(self) -> bytes:
         """Canonical JSON with every default written out; :func:`from_json` reads it back."""
-        return canonical_json(dataclasses.asdict(self))
+        return canonical_json(_plain(self))
+
+
+def _plain(section: Any) -> dict[str, Json]:  # noqa: ANN401  # any dataclass of this module
+    """Every key and value of a section; a float key always holds a float, so that 8 is 8.0."""
+    plain: dict[str, Json] = {}
+    for item in dataclasses.fields(section):
+        value = vars(section)[item.name]
+        if dataclasses.is_dataclass(value):
+            plain[item.name] = _plain(value)
+        else:
+            plain[item.name] = float(value) if item.type is float else value
+    return plain
 
 
 def load_plan(path: Path) -> Plan:
@@ -326,9 +364,12 @@ def load_plan(path: Path) -> Plan:
 
 
 def from_json(data: bytes) -> Plan:
-    """Read a plan that :meth:`Plan.to_json` wrote, with the same checks as a file.
+    """Read exactly what :meth:`Plan.to_json` wrote, with the same checks as a file.
 
     Raises:
-        ConfigurationError: Not JSON, or not a valid plan.
+        ConfigurationError: Not JSON, not a valid plan, or another spelling of one.
     """
-    return typed_toml.parse_json(Plan, data)
+    plan = typed_toml.parse_json(Plan, data)
+    if plan.to_json() != data:
+        raise ConfigurationError("a valid plan, but not spelled as Fedward writes it")
+    return plan

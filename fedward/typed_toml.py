@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedward.canonical import canonical_json
 from fedward.errors import ConfigurationError, InvalidValue
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ def load(cls: type[T], path: Path) -> T:
         raise ConfigurationError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # plain ValueError for 5000 digits
         raise ConfigurationError(f"{path}: not valid TOML: {error}") from error
     try:
         return parse(cls, data)
@@ -89,28 +90,36 @@ def _unknown(key: str, known: list[str]) -> str:
 
 def _convert(hint: Any, value: Any, key: str, section: str, where: str) -> Any:  # noqa: ANN401  # TOML values
     """Check one TOML value against one type hint and return it as that type."""
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigurationError(f"{where}{InvalidValue(key, value, 'a section')}")
-        return parse(typing.cast("type[Any]", hint), value, section)
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Union or origin is types.UnionType:
-        inner = next(option for option in options if option is not type(None))
-        return _convert(inner, value, key, section, where)
-    if origin is typing.Literal:
-        if value not in options:
-            allowed = "one of " + ", ".join(repr(option) for option in options)
+
+    def check(holds: bool, allowed: str) -> None:
+        if not holds:
             raise ConfigurationError(f"{where}{InvalidValue(key, value, allowed)}")
-        return value
+
+    hint = _without_none(hint)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        check(isinstance(value, Mapping), "a section")
+        return parse(typing.cast("type[Any]", hint), value, section)
     if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigurationError(f"{where}{InvalidValue(key, value, 'a list')}")
+        check(isinstance(value, list), "a list")
         return tuple(_convert(options[0], item, key, section, where) for item in value)
+    if origin is typing.Literal:
+        # By type too, because 32.0 and 32 are equal.
+        holds = any(type(value) is type(option) and value == option for option in options)
+        check(holds, "one of " + ", ".join(repr(option) for option in options))
+        return value
     if hint is float and type(value) is int:
+        check(abs(value) < 2**1023, "a number that a float holds")
         return float(value)
-    if type(value) is not hint:
-        raise ConfigurationError(f"{where}{InvalidValue(key, value, _KINDS[hint])}")
+    check(type(value) is hint and value == value, _KINDS[hint])  # NaN differs from itself
     return value
+
+
+def _without_none(hint: Any) -> Any:  # noqa: ANN401  # a type
+    """``X`` for the hint ``X | None``; any other hint as it is."""
+    if typing.get_origin(hint) is types.UnionType:
+        return next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    return hint
 
 
 def parse_json(cls: type[T], data: bytes) -> T:
@@ -121,7 +130,8 @@ def parse_json(cls: type[T], data: bytes) -> T:
     """
     try:
         values = json.loads(data)
-    except ValueError as error:
+        canonical_json(values)  # half a surrogate pair can be read but not written
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigurationError("expected a JSON object")
@@ -133,9 +143,7 @@ def _flatten_rest(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:  # noq
     hints, flat = typing.get_type_hints(cls), dict[str, Any]()
     rest = {field.name for field in dataclasses.fields(cls) if field.metadata.get(REST)}
     for key, value in values.items():
-        inner = hints.get(key)
-        if typing.get_origin(inner) is types.UnionType:
-            inner = typing.get_args(inner)[0]
+        inner = _without_none(hints.get(key))
         if value is None:
             continue
         if key in rest and isinstance(value, Mapping):
