@@ -1,29 +1,31 @@
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]  # no py.typed
 
 from fedward.privacy import noise
 from fedward.privacy.noise import SecureStream
 
 KEY = bytes(range(32))
+Draws = npt.NDArray[np.float64]
 ACCEPT = 1e-4  # two-sided level of every statistical test here; keys are fixed
 
 
-def normal_p_value(draws, scale=1.0):
+def normal_p_value(draws: Draws, scale: float = 1.0) -> float:
     """Kolmogorov-Smirnov against N(0, scale^2)."""
-    return stats.kstest(draws / scale, "norm").pvalue
+    return float(stats.kstest(draws / scale, "norm").pvalue)
 
 
-def variance_p_value(draws, scale):
+def variance_p_value(draws: Draws, scale: float) -> float:
     """Chi-square test that the variance is scale^2."""
     n = len(draws)
     lower = stats.chi2.cdf(np.sum(draws**2) / scale**2, n)
-    return 2 * min(lower, 1 - lower)
+    return float(2 * min(lower, 1 - lower))
 
 
 def test_words_are_aes_256_in_counter_mode():
