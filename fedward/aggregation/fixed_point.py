@@ -7,6 +7,7 @@ plan, so a sum of all sites cannot overflow by construction.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,7 @@ class Grid:
         return self.clip / self.steps
 
     @property
-    def dtype(self) -> "np.dtype[np.uint32] | np.dtype[np.uint16]":
+    def dtype(self) -> "np.dtype[np.unsignedinteger[Any]]":
         """The type of a word."""
         return np.dtype(np.uint32) if self.word_bits == 32 else np.dtype(np.uint16)
 
@@ -116,8 +117,9 @@ def decode(total: Words, grid: Grid) -> npt.NDArray[np.float64]:
         ``(d,)`` float64: the sum of the clipped vectors, to one grid step a vector.
     """
     check_vector(total)
-    signed = total.view(np.dtype(np.int32) if grid.word_bits == 32 else np.dtype(np.int16))
-    return np.multiply(signed, grid.gamma, dtype=np.float64)
+    signed = total.view(np.int32 if grid.word_bits == 32 else np.int16)
+    values: npt.NDArray[np.float64] = np.multiply(signed, grid.gamma, dtype=np.float64)
+    return values
 
 
 def clip_update(update: npt.NDArray[np.float32], clip: float) -> npt.NDArray[np.float32]:

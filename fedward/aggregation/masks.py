@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
 
 from fedward.errors import ProtocolError
 
-Words: TypeAlias = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
+Words: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 Mode: TypeAlias = Literal["gcm", "ctr"]
 
 BLOCK_WORDS = 1 << 22
@@ -89,6 +89,8 @@ def apply_masks(
     if len({key for key, _ in keys}) != len(keys):
         raise ProtocolError("a mask key is used twice")
     check_vector(vector)
+    if not vector.flags.writeable:
+        raise ProtocolError("the vector is read-only: it was masked before, or must not change")
     chosen = mode or fastest_mode()
     blocks = range(0, len(vector), BLOCK_WORDS)
 

@@ -5,6 +5,7 @@ once. ``H`` of the specification is :func:`fedward.canonical.digest`.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -27,6 +28,21 @@ class SiteFault(ProtocolError):
     def __init__(self, site: int, problem: str) -> None:
         super().__init__(f"site {site}: {problem}")
         self.site = site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Which sum a session ended in. Sites compare the coordinator's with their own.
+
+    Args:
+        session: ``sid``, 32 bytes.
+        survivors: ``U3``, the sites in the sum, ascending.
+        survivors_hash: ``u3``, 32 bytes.
+    """
+
+    session: bytes
+    survivors: tuple[int, ...]
+    survivors_hash: bytes
 
 
 def party(site: int) -> bytes:

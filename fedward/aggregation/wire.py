@@ -152,7 +152,9 @@ def decode_shares(data: bytes) -> Shares:
     """
     head, body = _split("shares", _body("shares", data), _SHARES.size)
     rows = _rows("shares", body, _SEALED)
-    return Shares(*_SHARES.unpack(head), tuple(Sealed(*row) for row in rows))
+    site, seed, own_seed_share, own_key_share = _SHARES.unpack(head)
+    sealed = tuple(Sealed(*row) for row in rows)
+    return Shares(site, seed, own_seed_share, own_key_share, sealed)
 
 
 def encode_envelopes(cohort: Sequence[int], envelopes: Iterable[Envelope]) -> bytes:
