@@ -10,7 +10,6 @@ message that comes again is ignored.
 """
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -20,6 +19,7 @@ from fedward.aggregation.cohort import Cohort, PinnedKeys, form_cohort, hello_fi
 from fedward.aggregation.envelopes import agree
 from fedward.aggregation.masks import Words, apply_masks, check_vector
 from fedward.aggregation.parameters import SessionParameters
+from fedward.aggregation.published import SumResult
 from fedward.aggregation.transcript import (
     Outcome,
     SiteFault,
@@ -35,27 +35,7 @@ from fedward.canonical import digest
 from fedward.errors import CohortTooSmall, ProtocolError
 from fedward.identity import Roster
 
-
-@dataclass(frozen=True, kw_only=True)
-class SumResult:
-    """A session's sum and the public proof of what it is a sum of.
-
-    Args:
-        words: ``(d,)``: the sum of the survivors' inputs modulo 2^w.
-        outcome: Session and survivors.
-        certificate: The survivor certificate, as sites received it.
-        transcript: 32 bytes over session, survivors, certificate and sum, for the audit log.
-    """
-
-    words: Words
-    outcome: Outcome
-    certificate: bytes
-    transcript: bytes
-
-    @property
-    def cohort(self) -> tuple[int, ...]:
-        """The sites in the sum, ascending."""
-        return self.outcome.survivors
+__all__ = ["SumResult", "Tally"]
 
 
 class Tally:
@@ -293,13 +273,11 @@ class Tally:
         add, subtract = self._mask_keys()
         apply_masks(self._total, add=add, subtract=subtract, threads=self._threads)
         self._total.setflags(write=False)
-        outcome = self._frozen
-        total_hash = hashlib.sha256(self._total.data).digest()
-        proof = digest(
-            "sum", outcome.session, outcome.survivors_hash, self._certificate, total_hash
-        )
         return SumResult(
-            words=self._total, outcome=outcome, certificate=self._certificate, transcript=proof
+            parameters=self.parameters,
+            words=self._total,
+            outcome=self._frozen,
+            certificate=self._certificate,
         )
 
     def _mask_keys(self) -> tuple[list[bytes], list[bytes]]:

@@ -121,9 +121,7 @@ class Rig:
     def exchange(self, stage, messages):
         """One exchange with everybody who is still there."""
         for site in self.order(messages):
-            if STAGES.index(self.gone.get(site, "R4")) >= STAGES.index(stage) and (
-                self.gone.get(site) != stage
-            ):
+            if self.gone.get(site, "never") > stage:  # "R3" > "R2", and "never" comes last
                 self.add(stage, site, self.answer(stage, site, messages[site]))
 
     def run_to(self, stage):

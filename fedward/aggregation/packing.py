@@ -1,0 +1,80 @@
+"""One site's update and metric slots as the words of a session, and a sum of them back."""
+
+import numpy as np
+import numpy.typing as npt
+
+from fedward.aggregation.fixed_point import Grid, decode, encode
+from fedward.aggregation.masks import Words
+from fedward.aggregation.parameters import SessionParameters
+from fedward.errors import ProtocolError
+from fedward.privacy.noise import SecureStream
+
+
+def pack(
+    update: npt.NDArray[np.floating],
+    slots: npt.NDArray[np.float64],
+    parameters: SessionParameters,
+    stream: SecureStream,
+) -> Words:
+    """Encode an update and its slots, each slot on its own grid.
+
+    Metrics travel behind the update inside the masked vector: beside it, they would tell the
+    coordinator something about this one site.
+
+    Args:
+        update: ``(dimension,)``, clipped to the plan's ``update_clip``.
+        slots: One value a slot, in the parameters' order; clipped to the slot's own bound.
+        parameters: The session's parameters.
+        stream: Fresh cryptographic randomness for rounding.
+
+    Returns:
+        ``(words,)``: what :meth:`SiteSession.masked` takes.
+
+    Raises:
+        ProtocolError: Another shape, NaN or infinity.
+    """
+    wanted = ((parameters.dimension,), (len(parameters.slots),))
+    if (update.shape, slots.shape) != wanted:
+        raise ProtocolError(
+            f"expected an update and slots of shapes {wanted}, got {(update.shape, slots.shape)}"
+        )
+    words: Words = np.empty(parameters.words, dtype=parameters.grid.dtype)
+    encode(update, parameters.grid, stream, out=words[: parameters.dimension])
+    for place, grid in enumerate(_slot_grids(parameters)):
+        word = slice(parameters.dimension + place, parameters.dimension + place + 1)
+        encode(slots[place : place + 1], grid, stream, out=words[word])
+    return words
+
+
+def unpack(
+    total: Words, parameters: SessionParameters
+) -> tuple[npt.NDArray[np.float64], dict[str, float]]:
+    """Decode a sum of packed vectors.
+
+    Args:
+        total: ``(words,)``: the sum.
+        parameters: The session's parameters.
+
+    Returns:
+        The sum of the updates, ``(dimension,)``, and the sum of each slot by name.
+
+    Raises:
+        ProtocolError: Another length.
+    """
+    if total.shape != (parameters.words,):
+        raise ProtocolError(f"expected {parameters.words} words, got shape {total.shape}")
+    tail = total[parameters.dimension :]
+    grids = _slot_grids(parameters)
+    slots = {
+        slot.name: float(decode(tail[place : place + 1], grids[place])[0])
+        for place, slot in enumerate(parameters.slots)
+    }
+    return decode(total[: parameters.dimension], parameters.grid), slots
+
+
+def _slot_grids(parameters: SessionParameters) -> list[Grid]:
+    grid = parameters.grid
+    return [
+        Grid(clip=slot.clip, sites=grid.sites, word_bits=grid.word_bits)
+        for slot in parameters.slots
+    ]

@@ -1,0 +1,174 @@
+"""Known answers from the independent reference, and what must fail."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from fedward.aggregation import shamir
+from fedward.aggregation.envelopes import agree
+from fedward.aggregation.masks import BLOCK_WORDS, apply_masks
+from fedward.aggregation.parameters import Limits, SessionParameters
+from fedward.aggregation.session_memory import VolatileMemory
+from fedward.aggregation.site_session import SiteSession
+from fedward.aggregation.tally import Tally
+from fedward.aggregation.transcript import envelope_context, envelope_key, kdf
+from fedward.canonical import digest
+from fedward.errors import ProtocolError
+from fedward.identity import Identity, Member, Roster
+from tests.aggregation import make_vectors
+from tests.aggregation.make_vectors import secret
+
+VECTORS = Path(__file__).parent / "vectors"
+PRIMITIVES = json.loads((VECTORS / "primitives.json").read_text())
+SESSION = json.loads((VECTORS / "session.json").read_text())
+
+
+def replay(draws):
+    """A source of secrets that gives the vector's bytes, in order, in the sizes asked for."""
+    queue = [bytes.fromhex(draw) for draw in draws]
+
+    def source(size):
+        value = queue.pop(0)
+        assert len(value) == size
+        return value
+
+    return source
+
+
+def test_the_files_are_what_the_reference_writes():
+    assert json.loads(json.dumps(make_vectors.primitives_vector())) == PRIMITIVES
+    assert json.loads(json.dumps(make_vectors.session_vector())) == SESSION
+
+
+def test_digest():
+    for case in PRIMITIVES["h"]:
+        assert digest(*map(bytes.fromhex, case["fields"])).hex() == case["digest"]
+
+
+def test_kdf():
+    for case in PRIMITIVES["kdf"]:
+        fields = map(bytes.fromhex, case["fields"])
+        key = kdf(bytes.fromhex(case["secret"]), bytes.fromhex(case["salt"]), *fields)
+        assert key.hex() == case["key"]
+
+
+@pytest.mark.parametrize("mode", ["gcm", "ctr"])
+def test_stream(mode):
+    for case in PRIMITIVES["stream"]:
+        words = np.zeros(len(case["words"]), dtype=f"<u{case['word_bytes']}")
+        apply_masks(words, add=[bytes.fromhex(case["key"])], mode=mode)
+        assert words.tolist() == case["words"]
+
+
+@pytest.mark.parametrize("mode", ["gcm", "ctr"])
+def test_stream_across_blocks(mode):
+    case = PRIMITIVES["stream_across_blocks"]
+    words = np.zeros(BLOCK_WORDS + 4, dtype="<u4")
+    apply_masks(words, add=[bytes.fromhex(case["key"])], mode=mode)
+    firsts = {"0": words[:4], "1": words[BLOCK_WORDS:]}
+    assert {k: v.tobytes().hex() for k, v in firsts.items()} == case["first_16_bytes_of_block"]
+    assert hashlib.sha256(words[:BLOCK_WORDS].data).hexdigest() == case["sha256_of_block_0"]
+
+
+def test_envelope():
+    case = PRIMITIVES["envelope"]
+    session, dealer, holder = bytes.fromhex(case["session"]), case["dealer"], case["holder"]
+    private = X25519PrivateKey.from_private_bytes(bytes.fromhex(case["private"]))
+    shared = agree(private, holder, bytes.fromhex(case["public"]))
+    cipher = AESGCM(envelope_key(shared, session, dealer, holder))
+    context = envelope_context(session, dealer, holder)
+    sealed = cipher.encrypt(bytes(12), bytes.fromhex(case["plain"]), context)
+    assert sealed.hex() == case["sealed"]
+
+
+def test_shamir():
+    for case in PRIMITIVES["shamir"]:
+        value = bytes.fromhex(case["secret"])
+        shares = shamir.split(
+            value, threshold=case["threshold"], holders=5, secrets=replay(case["draws"])
+        )
+        assert [share.hex() for share in shares] == case["shares"]
+        for chosen in ((1, 2, 3), (3, 4, 5), (1, 3, 5), (1, 2, 3, 4, 5)):
+            assert shamir.join({x: shares[x - 1] for x in chosen}, 3) == value
+
+
+def vector_sites():
+    """The vector's three sites, as sessions that draw the vector's secrets."""
+    rows = {int(n): row for n, row in SESSION["sites"].items()}
+    identities = {n: Identity(bytes.fromhex(row["identity"])) for n, row in rows.items()}
+    members = tuple(
+        Member(id=n, name=f"site {n}", public_key=key.public_key)
+        for n, key in sorted(identities.items())
+    )
+    coordinator = Identity(secret("coordinator")).public_key
+    roster = Roster(epoch=1, coordinator=coordinator, members=members)
+    parameters = SessionParameters.from_bytes(SESSION["parameters"].encode())
+    sessions = {
+        n: SiteSession(
+            identity=identities[n],
+            site=n,
+            roster=roster,
+            limits=Limits(),
+            memory=VolatileMemory(),
+            expected=parameters,
+            secrets=replay(row["draws"]),
+        )
+        for n, row in rows.items()
+    }
+    return rows, roster, parameters, sessions
+
+
+def test_a_whole_session_byte_for_byte():
+    rows, roster, parameters, sessions = vector_sites()
+    tally = Tally(parameters=parameters, roster=roster)
+    for n, session in sessions.items():
+        reply = session.hello(tally.request())
+        assert reply[4:].hex() == rows[n]["hello"]
+        tally.add_hello(n, reply)
+    for n, message in tally.close_hellos().items():
+        reply = sessions[n].shares(message)
+        assert reply[4:].hex() == rows[n]["shares"]
+        tally.add_shares(n, reply)
+    for n, message in tally.close_shares().items():
+        words = np.array(rows[n]["input"], dtype=np.uint32)
+        reply, vector = sessions[n].masked(message, words)
+        assert (reply[4:].hex(), vector.tobytes().hex()) == (rows[n]["header"], rows[n]["masked"])
+        tally.add_masked(n, reply, vector)
+    for n, message in tally.close_masked().items():
+        reply = sessions[n].consistency(message)
+        assert reply[4:].hex() == rows[n]["vote"]
+        tally.add_consistency(n, reply)
+    for n, message in tally.close_consistency().items():
+        tally.add_unmask(n, sessions[n].unmask(message))
+    result = tally.result()
+    assert result.words.tolist() == SESSION["sum"]
+    assert result.outcome.session.hex() == SESSION["sid"]
+    assert result.outcome.survivors_hash.hex() == SESSION["u3"]
+
+
+@pytest.mark.parametrize("field", ["sid", "u3", "sum"])
+def test_the_vector_would_notice(field):
+    """Negative control: each public fact of the vector depends on every site's input or keys."""
+    sites = make_vectors.three_sites()
+    sites[7]["input"][0] += 1
+    sites[7]["nonce"] = bytes(32)
+    changed = make_vectors.ref.transcript(SESSION["parameters"].encode(), sites, 2, 4)
+    total = [sum(c) % 2**32 for c in zip(*(s["input"] for s in sites.values()), strict=True)]
+    found = {"sid": changed["sid"].hex(), "u3": changed["u3"].hex(), "sum": total}
+    assert found[field] != SESSION[field]
+
+
+@pytest.mark.parametrize("position", [0, 5, 40, 80, 110, 160])
+def test_bad_hello(position):
+    """A vector's hello with one bit flipped must fail, wherever the bit is."""
+    _rows, roster, parameters, sessions = vector_sites()
+    tally = Tally(parameters=parameters, roster=roster)
+    reply = bytearray(sessions[7].hello(tally.request()))
+    reply[position] ^= 1
+    with pytest.raises(ProtocolError):
+        tally.add_hello(7, bytes(reply))
