@@ -339,19 +339,19 @@ class Plan:
 
     def to_json(self) -> bytes:
         """Canonical JSON with every default written out; :func:`from_json` reads it back."""
-        return canonical_json(_plain(self))
+        return canonical_json(_as_json(self))
 
 
-def _plain(section: Any) -> dict[str, Json]:  # noqa: ANN401  # any dataclass of this module
+def _as_json(section: Any) -> dict[str, Json]:  # noqa: ANN401  # any dataclass of this module
     """Every key and value of a section; a float key always holds a float, so that 8 is 8.0."""
-    plain: dict[str, Json] = {}
+    values: dict[str, Json] = {}
     for item in dataclasses.fields(section):
         value = vars(section)[item.name]
         if dataclasses.is_dataclass(value):
-            plain[item.name] = _plain(value)
+            values[item.name] = _as_json(value)
         else:
-            plain[item.name] = float(value) if item.type is float else value
-    return plain
+            values[item.name] = float(value) if item.type is float else value
+    return values
 
 
 def load_plan(path: Path) -> Plan:
