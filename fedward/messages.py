@@ -17,8 +17,15 @@ from fedward.canonical import canonical_json
 from fedward.errors import ConfigurationError, IdentityError, SiteCode
 from fedward.identity import Identity, verify
 
-ACTIONS = ("task", "hello", "shares", "masked", "consistency", "unmask", "evaluate")
-"""Everything a coordinator can ask of a site, in the order of a round."""
+SESSION_ACTIONS = ("hello", "shares", "masked", "consistency", "unmask")
+"""The exchanges of one session of secure aggregation, in order."""
+
+MESSAGE_TYPES = {
+    "task": "train",
+    **{action: f"train.{action}" for action in SESSION_ACTIONS},
+    "evaluate": "evaluate",
+}
+"""Everything a coordinator can ask of a site, with the Flower message type that carries it."""
 
 Sender = Literal["coordinator", "site"]
 
@@ -30,7 +37,7 @@ class Letter:
     """One message of a round, in either direction.
 
     Args:
-        action: One of :data:`ACTIONS`.
+        action: One of :data:`MESSAGE_TYPES`.
         attempt: The run, round, session and attempt it belongs to.
         site: The roster id of the site it goes to or comes from.
         code: A site's answer; None in the coordinator's letters.
@@ -102,7 +109,7 @@ def open_letter(records: RecordDict, public_key: bytes, sender: Sender) -> Lette
         )
     except (ValueError, KeyError, TypeError, ConfigurationError) as error:
         raise IdentityError("a signed letter is malformed") from error
-    if letter.action not in ACTIONS or letter.header() != header:
+    if letter.action not in MESSAGE_TYPES or letter.header() != header:
         raise IdentityError("a letter's parts are not the ones its sender signed")
     return letter
 

@@ -31,6 +31,7 @@ class Phase(StrEnum):
     READY = "ready"
     LEFT_OUT = "left-out"
     KEYS = "keys"
+    SHARED = "shared"
     MASKED = "masked"
     CONSISTENT = "consistent"
     UNMASKED = "unmasked"
@@ -130,9 +131,7 @@ class RunStore:
             if head != hashed:
                 raise RoundError(f"the event log is broken at {phase} of {attempt}")
             if name == run:
-                found.append(
-                    Event(attempt=attempt, site=site, phase=Phase(phase), payload=payload)
-                )
+                found.append(Event(attempt=attempt, site=site, phase=Phase(phase), payload=payload))
         return found
 
     def put_blob(self, data: bytes) -> str:

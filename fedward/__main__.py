@@ -1,0 +1,5 @@
+"""``python -m fedward``."""
+
+from fedward.cli import main
+
+main()

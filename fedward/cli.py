@@ -1,0 +1,121 @@
+"""The command line: ``fedward COMMAND``; each command's help is its manual."""
+
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+
+from fedward import __version__
+from fedward.errors import ConfigurationError, FedwardError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Hospitals fine-tune one language model together: private adapters, secure sums.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.",
+)
+
+
+class Engine(StrEnum):
+    """How a simulation spreads its sites."""
+
+    INPROCESS = "inprocess"
+    RAY = "ray"
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Show the version, or go on to the command."""
+    if version:
+        typer.echo(f"fedward {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def simulate(
+    plan: Annotated[
+        Path | None,
+        typer.Argument(help="The plan (TOML). Left out: the built-in demo."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A file, or a folder with train and test, as JSONL, CSV or Parquet."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The base model's folder; replaces the plan's path.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where run, report.json and report.html go.")] = Path(
+        "out/simulation"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out where it stopped.")
+    ] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="Train in this process, or spread the trainers with Ray.")
+    ] = Engine.INPROCESS,
+    workers: Annotated[int, typer.Option(help="Trainers at a time with --engine ray.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the demo's data and adapter.", min=0)] = 0,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare/--federated-only",
+            help="Also train each hospital alone, centrally, and a classical baseline.",
+        ),
+    ] = True,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print report.json and nothing else.")
+    ] = False,
+) -> None:
+    """Run a whole private federation on this machine and compare it with its alternatives.
+
+    Every site trains with differential privacy; only the secure sum of updates reaches the
+    coordinator. Interrupt at any time and go on with --resume.
+    """
+    from fedward.simulations.simulate import Options, run_simulation  # heavy: torch and Flower
+
+    console = Console(stderr=json_output, quiet=json_output)
+    options = Options(
+        plan=plan,
+        data=data,
+        model=model,
+        out=out,
+        resume=resume,
+        ray_workers=workers if engine is Engine.RAY else 0,
+        seed=seed,
+        compare=compare,
+    )
+    report = run_simulation(options, console)
+    if json_output:
+        typer.echo(json.dumps(report, indent=2))
+
+
+def main() -> None:
+    """Run the command line; every expected error becomes one message and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        sys.exit(app(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        _fail("interrupted; the same command with --resume goes on from here", 130)
+    except ConfigurationError as error:
+        _fail(str(error), 2)
+    except FedwardError as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    sys.exit(code)

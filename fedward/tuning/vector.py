@@ -1,0 +1,102 @@
+"""Adapter files and flat vectors without a model: for the agent and the coordinator's rounds.
+
+An adapter's state is a safetensors file. Its trainable tensors, in the order of a layout, are the
+flat vector that sites update and sums move; the rest (A under ``ffa``) is carried along unchanged.
+"""
+
+import json
+import math
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedward.canonical import canonical_json
+from fedward.errors import ModelError
+
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of the trainable tensors, sorted by name."""
+
+Vector = npt.NDArray[np.float32]
+
+
+def layout_to_bytes(layout: Layout) -> bytes:
+    """Canonical JSON of a layout."""
+    return canonical_json(layout)
+
+
+def layout_from_bytes(data: bytes) -> Layout:
+    """Read a layout strictly.
+
+    Raises:
+        ModelError: Malformed, not sorted, or a name twice.
+    """
+    try:
+        entries = json.loads(data)
+        layout = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in entries)
+    except (ValueError, TypeError) as error:
+        raise ModelError("a layout is malformed") from error
+    names = [name for name, _ in layout]
+    if names != sorted(set(names)) or layout_to_bytes(layout) != data:
+        raise ModelError("a layout must be canonical, sorted by name, each name once")
+    return layout
+
+
+def dimension(layout: Layout) -> int:
+    """Coordinates of the flat vector."""
+    return sum(math.prod(shape) for _, shape in layout)
+
+
+def vector_of(adapter: bytes, layout: Layout) -> Vector:
+    """The trainable tensors of an adapter as one vector.
+
+    Args:
+        adapter: Safetensors bytes.
+        layout: Which tensors, in which order.
+
+    Returns:
+        ``(d,)`` float32, a copy.
+
+    Raises:
+        ModelError: Not safetensors, or a tensor is missing or of another shape or type.
+    """
+    tensors = _load(adapter)
+    for name, shape in layout:
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != shape or tensor.dtype != np.float32:
+            raise ModelError(f"the adapter's tensor {name!r} is not float32 of shape {shape}")
+    if not layout:
+        return np.zeros(0, dtype=np.float32)
+    return np.concatenate([tensors[name].ravel() for name, _ in layout])
+
+
+def replace_vector(adapter: bytes, layout: Layout, vector: Vector) -> bytes:
+    """The adapter with its trainable tensors replaced; equal inputs give equal bytes.
+
+    Args:
+        adapter: Safetensors bytes.
+        layout: Which tensors, in which order.
+        vector: ``(d,)`` float32.
+
+    Raises:
+        ModelError: Not safetensors, or the vector does not fill the layout exactly.
+    """
+    if vector.shape != (dimension(layout),) or vector.dtype != np.float32:
+        raise ModelError(
+            f"expected a float32 vector of {dimension(layout)} numbers, "
+            f"got {vector.dtype} of shape {vector.shape}"
+        )
+    tensors, start = _load(adapter), 0
+    for name, shape in layout:
+        end = start + math.prod(shape)
+        tensors[name] = vector[start:end].reshape(shape)
+        start = end
+    return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
+
+
+def _load(adapter: bytes) -> dict[str, npt.NDArray[np.float32]]:
+    try:
+        return load(adapter)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ModelError("an adapter is not a safetensors file") from error
