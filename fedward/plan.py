@@ -107,7 +107,7 @@ class Split:
     Args:
         by: The column whose values are dealt unevenly, usually the label.
         alpha: Dirichlet concentration, > 0; small is uneven.
-        sites: Number of sites, 2 to 10000.
+        sites: Number of sites, 3 to 10000 (no sum has fewer than three).
         seed: Seed of the split.
     """
 
@@ -119,7 +119,7 @@ class Split:
     def __post_init__(self) -> None:
         """Check every limit."""
         _check(0 < self.alpha < math.inf, "alpha", self.alpha, "a number above 0")
-        _check(2 <= self.sites <= 10000, "sites", self.sites, "2 to 10000")
+        _check(3 <= self.sites <= 10000, "sites", self.sites, "3 to 10000")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
 
 

@@ -190,6 +190,11 @@ def test_a_roster_that_does_not_hold_is_refused(change):
         replace(roster(), **change)
 
 
+@pytest.mark.parametrize("epoch", [0, 2**64 - 1])
+def test_a_roster_at_the_limits_of_its_epoch_is_hashed(epoch):
+    assert len(replace(roster(), epoch=epoch).hash()) == 32
+
+
 @pytest.mark.parametrize("change", [{"id": -1}, {"id": 2**32}, {"public_key": bytes(33)}])
 def test_a_member_that_does_not_hold_is_refused(change):
     with pytest.raises(IdentityError):

@@ -133,7 +133,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("data", "split", ["label", [1]], "a section"),
     ("data.split", "by", [1], TEXT),
     ("data.split", "alpha", [0.0, -0.5, math.inf], POSITIVE),
-    ("data.split", "sites", [1, 10001], "2 to 10000"),
+    ("data.split", "sites", [2, 10001], "3 to 10000"),
     ("data.split", "seed", [-1], "0 or more"),
     ("rounds", "count", [0, 100001], "1 to 100000 rounds"),
     ("rounds", "spare", [-1, 100001], "0 to 100000 rounds"),

@@ -73,6 +73,7 @@ def test_a_file_becomes_a_dataclass(tmp_path):
         ("count = 2024-01-01", "expected a whole number"),
         ("count = 1\nswitch = 1", "switch = 1: expected true or false"),
         ("count = 1\nbits = 8.0", "bits = 8.0: expected one of 8, 16"),
+        ("count = 1\nbits = 32", "bits = 32: expected one of 8, 16"),
         ("count = 1\nbits = []", "bits = []: expected one of 8, 16"),
         ("count = 1\ninner = 3", "inner = 3: expected a section"),
         ("count = 1\n[[inner]]\nwidth = 1", "expected a section"),
@@ -102,6 +103,11 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 def test_null_in_json_means_left_out():
     assert parse_json(Outer, b'{"count": 1, "inner": null}') == Outer(count=1)
+
+
+def test_a_section_in_json_is_an_object():
+    with pytest.raises(ConfigurationError, match="inner = 5: expected a section"):
+        parse_json(Outer, b'{"count": 1, "inner": 5}')
 
 
 def test_the_rest_survives_json():
