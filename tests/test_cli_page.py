@@ -1,0 +1,36 @@
+"""docs/cli.md shows the help of every command exactly as the command prints it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+BLOCKS = dict(
+    re.findall(r"```text\n\$ (fedward[^\n]* --help)\n(.*?)```", PAGE.read_text("utf-8"), re.S)
+)
+PLAIN = {"COLUMNS": "90", "NO_COLOR": "1", "TERM": "dumb", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+
+
+def printed(line: str) -> str:
+    """What a command line prints, without the blanks that fill its lines."""
+    command = [str(Path(sys.executable).parent / "fedward"), *line.split()[1:]]
+    done = subprocess.run(command, env=os.environ | PLAIN, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    lines = [row.rstrip() for row in done.stdout.decode().splitlines()]
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+@pytest.mark.parametrize("line", list(BLOCKS))
+def test_the_page_shows_what_the_command_prints(line):
+    assert BLOCKS[line] == printed(line), f"docs/cli.md needs\n\n$ {line}\n{printed(line)}"
+
+
+def test_the_page_shows_every_command():
+    commands = printed("fedward --help").partition("Commands")[2]
+    named = re.findall(r"^│ (\w+) ", commands, re.MULTILINE)
+    assert named
+    assert set(BLOCKS) == {"fedward --help", *(f"fedward {name} --help" for name in named)}
