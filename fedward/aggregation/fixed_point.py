@@ -97,7 +97,8 @@ def encode(
             raise ProtocolError("an update holds NaN or infinity: nothing of it is sent")
         # In float64 and clipped before u is added: in float32 a clipped value plus u can round up
         # to 2^(b-1), and the sum is no longer known to fit.
-        scaled = np.divide(piece, grid.gamma, dtype=np.float64)
+        with np.errstate(over="ignore"):  # a quotient beyond float64 is clipped like any other
+            scaled = np.divide(piece, grid.gamma, dtype=np.float64)
         np.clip(scaled, -grid.steps, grid.steps, out=scaled)
         drawn = stream.words(-(-len(piece) // 4)).astype("<u8", copy=False).view("<u2")
         scaled += drawn[: len(piece)] * 2.0**-16

@@ -118,7 +118,13 @@ class Graph:
         self._circles: dict[int, tuple[int, ...]] = {}
 
     def circle(self, site: int) -> tuple[int, ...]:
-        """The site and its neighbours, ordered by id: the holders of its shares."""
+        """The site and its neighbours, ordered by id: the holders of its shares.
+
+        Raises:
+            ProtocolError: The site is not in the session.
+        """
+        if site not in self._places:
+            raise ProtocolError(f"site {site} is not in the session")
         if site not in self._circles:
             self._circles[site] = tuple(sorted(self._around(site)))
         return self._circles[site]
@@ -141,9 +147,9 @@ class Graph:
         holders the same one.
 
         Raises:
-            ProtocolError: The holder is no neighbour of the dealer.
+            ProtocolError: The holder is not the dealer or one of its neighbours.
         """
         circle = self.circle(dealer)
-        if holder not in self._places or holder not in circle:
+        if holder not in circle:
             raise ProtocolError(f"site {holder} holds no share of site {dealer}")
         return circle.index(holder) + 1

@@ -1,0 +1,84 @@
+"""Malicious sites against the tally: named, and the session goes on where it can."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from fedward.aggregation import shamir, wire
+from fedward.aggregation.transcript import (
+    SiteFault,
+    sign,
+)
+from fedward.errors import ProtocolError
+from tests.aggregation.rig import identity, make_rig
+
+
+def test_a_site_that_changes_its_share_is_named():
+    rig = make_rig(5)
+    messages = rig.run_to("R4")
+    released = wire.decode_released(rig.answer("R4", 2, messages[2]))
+    dealer, _ = released.shares[0]
+    lie = released._replace(shares=((dealer, bytes(33)), *released.shares[1:]))
+    with pytest.raises(SiteFault, match=r"site 2: it changed its share of site 1") as caught:
+        rig.tally.add_unmask(2, wire.encode_released(lie))
+    assert caught.value.site == 2
+    for site in (1, 3, 4, 5):
+        rig.add("R4", site, rig.answer("R4", site, messages[site]))
+    assert np.array_equal(rig.tally.result().words, rig.plain_sum(rig.sites))
+
+
+@pytest.mark.parametrize("which", ["seed", "mask key"])
+def test_a_dealer_whose_shares_lie_on_no_polynomial_is_named(which, monkeypatch):
+    rig = make_rig(4, gone={2: "R2"} if which == "mask key" else {})
+    split, calls = shamir.split, []
+
+    def lying(secret, **options):
+        shares = split(secret, **options)
+        calls.append(secret)
+        wrong = 1 if which == "seed" else 2  # each dealer shares its seed first, then its key
+        if len(calls) == wrong + 2:  # site 2 is the second dealer
+            shares[2] = bytes(33)
+        return shares
+
+    monkeypatch.setattr(shamir, "split", lying)
+    with pytest.raises(SiteFault) as caught:
+        rig.run()
+    assert caught.value.site == 2
+
+
+def test_a_truncated_or_changed_upload():
+    rig = make_rig(4)
+    messages = rig.run_to("R2")
+    header = rig.answer("R2", 2, messages[2])
+    vector = rig.vectors[2]
+    changed = vector.copy()
+    changed[0] += 1
+    for bad in (vector[:-1], changed, vector.astype(np.uint16), vector.astype(np.int64)):
+        with pytest.raises(ProtocolError):
+            rig.tally.add_masked(2, header, bad)
+    rig.add("R2", 2, header)
+    for site in (1, 3, 4):
+        rig.add("R2", site, rig.answer("R2", site, messages[site]))
+    rig.exchange("R3", rig.tally.close_masked())
+    rig.exchange("R4", rig.tally.close_consistency())
+    assert np.array_equal(rig.tally.result().words, rig.plain_sum(rig.sites))
+
+
+def test_a_second_upload():
+    rig = make_rig(4)
+    rig.exchange("R2", rig.run_to("R2"))
+    u2_hash, session = rig.tally._u2_hash, rig.tally._cohort.session
+    other = np.ones(10, dtype=np.uint32)
+    hashed = hashlib.sha256(other.data).digest()
+    bound = (session, u2_hash, (2).to_bytes(4, "big"), hashed)
+    header = wire.Header(2, hashed, sign(identity(2), "R2", *bound))
+    with pytest.raises(SiteFault, match="two different"):
+        rig.tally.add_masked(2, wire.encode_header(header), other)
+
+
+def test_a_site_that_speaks_for_another():
+    rig = make_rig(4)
+    reply = rig.answer("R0", 2, rig.tally.request())
+    with pytest.raises(SiteFault, match="in the name of site 2"):
+        rig.tally.add_hello(3, reply)
