@@ -104,7 +104,8 @@ def build_qwen2(
 ) -> Path:
     """Save a Qwen2 (biases in attention, tied embeddings); arguments as in :func:`build_llama`."""
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
+        # transformers opens a Qwen2 folder with a class of its own, which adds one token.
+        vocab_size=len(tokenizer) + 1,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,

@@ -1,0 +1,274 @@
+"""Base models: found, checked against the plan's digest, and loaded frozen.
+
+Only safetensors are read and no code of a model is ever run. What is not quantised stays float32,
+new heads included, so that adapters, heads and hidden states never meet in two precisions.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedward.canonical import digest
+from fedward.errors import InvalidValue, ModelError
+from fedward.plan import Model, Task
+
+HEADS = ("score", "classifier")
+"""Modules on top of a sequence classifier that a plan's labels need anew."""
+
+_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "vocab.txt",
+    "merges.txt",
+    "additional_chat_templates/*.jinja",
+)
+"""Everything that loading a model and its tokenizer may read."""
+
+# Said aloud, because left out transformers asks at the terminal whether it may run a model's code.
+_LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_LOADING = (
+    OSError,  # a file is missing or unreadable
+    ValueError,  # an unknown architecture, JSON that does not parse, code that wants to run
+    KeyError,
+    TypeError,
+    RuntimeError,  # weights of another shape
+    ImportError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+# bitsandbytes repeats "inputs will be cast to float16" for every int8 layer and forward pass.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def resolve_model(model: Model) -> Path:
+    """Find a model's folder: ``path`` itself, or the local copy of a hub id.
+
+    A hub id is downloaded unless ``HF_HUB_OFFLINE`` forbids it.
+
+    Raises:
+        ModelError: There is neither such a folder nor such a hub id within reach.
+    """
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        return folder
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model.path) is None or model.path.startswith("."):
+        raise ModelError(f"model path {model.path!r}: no such folder")
+    try:
+        return Path(snapshot_download(model.path, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(
+            f"model path {model.path!r}: no such folder, and as a hub id it is not in the local "
+            f"cache and could not be downloaded ({type(error).__name__}); give a folder, or "
+            "download it first where downloads are allowed"
+        ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex SHA-256 over names and content of weights, configuration, tokenizer and chat template.
+
+    It is what ``[model] sha256`` holds. Other files of the folder do not count, nor does the order
+    in which the disk lists them.
+
+    Raises:
+        ModelError: No safetensors or no ``config.json`` there, or a file cannot be read.
+    """
+    paths = sorted(
+        {path for pattern in _FILES for path in folder.glob(pattern)},
+        key=lambda path: path.relative_to(folder).as_posix(),
+    )
+    if not any(path.suffix == ".safetensors" for path in paths):
+        raise ModelError(f"{folder}: no *.safetensors weights (pickled weights are never read)")
+    if folder / "config.json" not in paths:
+        raise ModelError(f"{folder}: no config.json")
+    fields: list[bytes] = []
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+        fields += [path.relative_to(folder).as_posix().encode(), content]
+    return digest("model", *fields).hex()
+
+
+def load_base(
+    model: Model, task: Task, *, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the frozen base on its device, and its tokenizer.
+
+    Args:
+        model: Where it is and how it is held; with ``sha256`` it must be that very model.
+        task: ``sft`` loads a causal language model, ``classify`` a sequence classifier. Its head is
+            kept where the model names the plan's labels in the plan's order; otherwise a new head
+            starts the same on every machine.
+        device: A torch device. On CUDA the products with 4-bit weights run in bfloat16.
+
+    Raises:
+        ModelError: Unknown folder or hub id, another digest, a missing or broken file, weights that
+            do not fit, a mixture of experts, no padding token.
+        InvalidValue: ``labels`` are missing, or ``max_length`` is more than the model takes.
+    """
+    folder = resolve_model(model)
+    found = fingerprint(folder)
+    if model.sha256 not in (None, found):
+        raise ModelError(f"{folder}: sha256 is {found}, but the plan names {model.sha256}")
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, **_LOCAL)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        except _LOADING as error:
+            raise ModelError(f"{folder}: cannot be loaded: {error}") from error
+        _check(folder, config, tokenizer, task)
+        return _load(folder, config, tokenizer, model, task, device), tokenizer
+
+
+def _check(
+    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> None:
+    """Refuse what would fail late or go wrong silently; give the tokenizer a padding token."""
+    facts = config.get_text_config().to_dict()
+    if task.objective == "classify" and not task.labels:
+        raise InvalidValue("labels", [], "the classes of 'classify', in order")
+    if task.max_length > facts.get("max_position_embeddings", task.max_length):
+        limit = facts["max_position_embeddings"]
+        raise InvalidValue("max_length", task.max_length, f"at most the model's {limit} tokens")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder}: is an adapter; give the folder of its merged base model")
+    if "quantization_config" in facts:
+        raise ModelError(f"{folder}: is quantised already; give the original, the plan quantises")
+    if any((facts.get(name) or 0) > 1 for name in _EXPERTS):
+        # Routing couples the examples of a batch, so that no bound on one of them would hold.
+        raise ModelError(f"{folder}: a mixture of experts cannot be trained privately")
+    if task.objective == "sft" and facts.get("is_decoder", True) is False:
+        raise ModelError(f"{folder}: an encoder sees the tokens that 'sft' learns to predict")
+    if not tokenizer.is_fast or len(tokenizer) > facts.get("vocab_size", len(tokenizer)):
+        raise ModelError(f"{folder}: expected a fast tokenizer with no more tokens than the model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no padding, end or unknown token")
+
+
+def _load(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    task: Task,
+    device: str,
+) -> PreTrainedModel:
+    heads: tuple[str, ...] = ()
+    kind: type[AutoModelForCausalLM | AutoModelForSequenceClassification] = AutoModelForCausalLM
+    if task.objective == "classify":
+        kind = AutoModelForSequenceClassification
+        if dict(config.id2label or {}) != dict(enumerate(task.labels)):
+            heads = HEADS
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: i for i, label in enumerate(task.labels)}
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.get_text_config().use_cache = False
+    try:
+        loaded: Any = kind.from_pretrained(  # a pair, because of output_loading_info
+            folder,
+            config=config,
+            dtype=torch.float32,
+            quantization_config=_quantization(model, device),
+            device_map={"": device},
+            use_safetensors=True,
+            **_LOCAL,
+            ignore_mismatched_sizes=True,  # reported, and allowed for heads only
+            output_loading_info=True,
+        )
+    except _LOADING as error:
+        raise ModelError(f"{folder}: cannot be loaded: {error}") from error
+    base: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
+    new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    wrong = sorted(name for name in new if not _may_be_new(name, task))
+    if wrong:
+        raise ModelError(f"{folder}: weights are missing or have another shape: {wrong[0]}, ...")
+    _start_anew(base, new, heads)
+    base.requires_grad_(False)
+    return base
+
+
+def _quantization(model: Model, device: str) -> BitsAndBytesConfig | None:
+    if model.quantize == "none":
+        return None
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # theirs has no annotations
+        load_in_4bit=model.quantize == "nf4",
+        load_in_8bit=model.quantize == "int8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
+        # Heads are trained, and a pooler may be new: neither is ever quantised.
+        llm_int8_skip_modules=["lm_head", "pooler.dense", *HEADS],
+    )
+
+
+def _may_be_new(name: str, task: Task) -> bool:
+    parts = name.split(".")
+    return task.objective == "classify" and (parts[0] in HEADS or "pooler" in parts)
+
+
+def _start_anew(base: PreTrainedModel, new: set[str], heads: tuple[str, ...]) -> None:
+    """Draw new weights from their names, so that every machine starts with the same ones."""
+    with torch.no_grad():
+        for name, weight in base.named_parameters():
+            if name not in new and name.split(".")[0] not in heads:
+                continue
+            weight.zero_()
+            if weight.dim() > 1:
+                # Standard deviation 0.02, as transformers draws it.
+                weight.copy_(uniform(weight.shape, seed=_seed(name)) * (0.02 * 3**0.5))
+
+
+def uniform(shape: torch.Size, *, seed: int) -> torch.Tensor:
+    """Public random numbers in [-1, 1), the same on every machine; no secret may use them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator) * 2 - 1
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(digest("start", name)[:4], "big")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing a table of what :func:`load_base` checks itself."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # as above
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)

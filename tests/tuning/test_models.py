@@ -1,0 +1,203 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from fedward.errors import InvalidValue, ModelError
+from fedward.plan import Model, Task
+from fedward.tuning.models import fingerprint, load_base, resolve_model
+from tests.tuning.rig import LABELS
+
+SFT = Task(max_length=32)
+CLASSIFY = Task(objective="classify", labels=LABELS, max_length=32)
+
+
+def load(folder, task, **model):
+    return load_base(Model(path=str(folder), **model), task)
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def copy(models, tmp_path):
+    """Copy a model, so that a test may break it."""
+    return lambda name: shutil.copytree(models[name], tmp_path / name)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "bert", "classifier"])
+def test_every_model_classifies_with_a_float32_head(models, name, quantize):
+    base, tokenizer = load(models[name], CLASSIFY, quantize=quantize)
+    batch = tokenizer(["chest pain", "headache since Monday"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert logits.shape == (2, 3)
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+    heads = [p for n, p in base.named_parameters() if n.startswith(("score", "classifier"))]
+    assert heads and all(p.dtype == torch.float32 for p in heads)
+    assert not any(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantised_model_is_near_the_original_but_not_it(models, quantize):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        exact = load(models["llama"], SFT)[0](input_ids=ids).logits
+        close = load(models["llama"], SFT, quantize=quantize)[0](input_ids=ids).logits
+    error = (exact - close).norm() / exact.norm()
+    assert 0 < error < 0.3
+
+
+def test_a_head_is_kept_only_for_the_same_labels_in_the_same_order(models):
+    names = ("score.weight",)
+    kept, again, turned = (
+        load(models["classifier"], Task(objective="classify", labels=labels, max_length=32))[0]
+        for labels in (LABELS, LABELS, LABELS[::-1])
+    )
+    for name in names:
+        assert torch.equal(kept.get_parameter(name), again.get_parameter(name))
+        assert not torch.equal(kept.get_parameter(name), turned.get_parameter(name))
+    assert turned.config.id2label == dict(enumerate(LABELS[::-1]))
+
+
+def test_a_new_head_starts_alike_whatever_was_drawn_before(models):
+    torch.manual_seed(1)
+    first = load(models["llama"], CLASSIFY)[0].get_parameter("score.weight")
+    torch.manual_seed(2)
+    second = load(models["llama"], CLASSIFY)[0].get_parameter("score.weight")
+    assert torch.equal(first, second)
+    assert 0.015 < first.std() < 0.025
+
+
+def test_a_head_for_another_number_of_classes_is_new(models):
+    task = Task(objective="classify", labels=("no", "yes"), max_length=32)
+    assert load(models["bert"], task)[0].get_parameter("classifier.weight").shape == (2, 64)
+
+
+def test_padding_does_not_change_a_classification(models):
+    for name in ("classifier", "bert"):
+        base, tokenizer = load(models[name], CLASSIFY)
+        base.eval()
+        with torch.no_grad():
+            alone, padded = (
+                base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                for batch in (
+                    tokenizer(["chest pain"], return_tensors="pt"),
+                    tokenizer(
+                        ["chest pain"], padding="max_length", max_length=20, return_tensors="pt"
+                    ),
+                )
+            )
+        torch.testing.assert_close(alone, padded, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(copy):
+    folder = copy("classifier")
+    path = folder / "tokenizer_config.json"
+    facts = json.loads(path.read_text())
+    del facts["pad_token"]
+    path.write_text(json.dumps(facts))
+    base, tokenizer = load(folder, CLASSIFY)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert base.config.pad_token_id == tokenizer.pad_token_id
+
+
+class TestFingerprint:
+    def test_counts_weights_configuration_tokenizer_and_template(self, copy):
+        folder = copy("llama")
+        start = fingerprint(folder)
+        assert start == fingerprint(folder)
+        (folder / "README.md").write_text("words")
+        assert fingerprint(folder) == start
+        seen = {start}
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+            with (folder / name).open("ab") as file:
+                file.write(b" ")
+            seen.add(fingerprint(folder))
+        assert len(seen) == 5
+
+    def test_another_model_than_the_plans_is_refused(self, models):
+        right = fingerprint(models["llama"])
+        load(models["llama"], SFT, sha256=right)
+        with pytest.raises(ModelError, match="sha256 is"):
+            load(models["llama"], SFT, sha256="0" * 64)
+
+    def test_needs_weights_and_configuration(self, copy):
+        folder = copy("llama")
+        (folder / "config.json").unlink()
+        with pytest.raises(ModelError, match="no config"):
+            fingerprint(folder)
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        with pytest.raises(ModelError, match="safetensors"):
+            fingerprint(folder)
+
+
+class TestBadModels:
+    @pytest.mark.parametrize("path", ["nowhere", "./nowhere/at-all", "/nowhere", "../a/b"])
+    def test_unknown_folder(self, path):
+        with pytest.raises(ModelError, match="no such folder"):
+            resolve_model(Model(path=path))
+
+    def test_hub_id_that_is_not_here(self):
+        with pytest.raises(ModelError, match="hub id"):
+            resolve_model(Model(path="fedward/not-in-the-cache"))
+
+    def test_missing_tensor(self, copy):
+        folder = copy("llama")
+        change_config(folder, num_hidden_layers=3)
+        with pytest.raises(ModelError, match="weights are missing"):
+            load(folder, SFT)
+
+    def test_tensor_of_another_shape(self, copy):
+        folder = copy("llama")
+        change_config(folder, intermediate_size=96)
+        with pytest.raises(ModelError, match="another shape"):
+            load(folder, SFT)
+
+    def test_broken_weights(self, copy):
+        folder = copy("llama")
+        (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            load(folder, SFT)
+
+    def test_unknown_architecture(self, copy):
+        folder = copy("llama")
+        change_config(folder, model_type="nonsense")
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            load(folder, SFT)
+
+    def test_code_of_a_model_never_runs(self, copy):
+        folder = copy("llama")
+        (folder / "evil.py").write_text("raise SystemExit('ran')")
+        change_config(folder, model_type="nonsense", auto_map={"AutoConfig": "evil.Config"})
+        with pytest.raises(ModelError, match="trust_remote_code"):
+            load(folder, SFT)
+
+    def test_mixture_of_experts(self, copy):
+        folder = copy("llama")
+        change_config(folder, num_local_experts=8)
+        with pytest.raises(ModelError, match="experts"):
+            load(folder, SFT)
+
+    def test_adapter_folder(self, copy):
+        folder = copy("llama")
+        (folder / "adapter_config.json").write_text("{}")
+        with pytest.raises(ModelError, match="is an adapter"):
+            load(folder, SFT)
+
+    def test_encoder_cannot_learn_to_predict_what_it_sees(self, models):
+        with pytest.raises(ModelError, match="encoder"):
+            load(models["bert"], SFT)
+
+    def test_more_tokens_than_the_model_takes(self, models):
+        with pytest.raises(InvalidValue, match="128"):
+            load(models["llama"], Task(max_length=129))
+
+    def test_classes_are_needed(self, models):
+        with pytest.raises(InvalidValue, match="labels"):
+            load(models["llama"], Task(objective="classify", max_length=32))
