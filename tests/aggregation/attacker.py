@@ -1,18 +1,23 @@
 """What a malicious coordinator has at hand: delivery of any message, and arithmetic."""
 
+from typing import Any
+
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedward.aggregation.envelopes import agree
-from fedward.aggregation.masks import apply_masks
+from fedward.aggregation.masks import Words, apply_masks
 from fedward.aggregation.transcript import pair_mask_key, self_mask_key
 from fedward.errors import ProtocolError
+from tests.aggregation.rig import Rig
 
 VICTIM = 1
 METHODS = {"R0": "hello", "R1": "shares", "R3": "consistency", "R4": "unmask"}
 
 
-def refused(rig, stage, message, site=VICTIM, match=None):
+def refused(
+    rig: Rig, stage: str, message: bytes, site: int = VICTIM, match: str | None = None
+) -> None:
     """The site aborts, says nothing, and stays dead even for the honest message."""
     session = rig.sessions[site]
     with pytest.raises(ProtocolError, match=match):
@@ -22,21 +27,34 @@ def refused(rig, stage, message, site=VICTIM, match=None):
         with pytest.raises(ProtocolError):
             deliver(rig, stage, again, site)
     assert site not in rig.said["R4"]
-    return session
 
 
-def deliver(rig, stage, message, site=VICTIM):
+def state(rig: Rig, site: int) -> Any:
+    """What a session holds, for whoever owns the site."""
+    return rig.sessions[site]._state
+
+
+def deliver(rig: Rig, stage: str, message: bytes, site: int = VICTIM) -> Any:
     session = rig.sessions[site]
     if stage == "R2":
         return session.masked(message, rig.inputs[site].copy())
     return getattr(session, METHODS[stage])(message)
 
 
-def open_input(rig, site, vector, seed, mask_key, u2, u2_hash):
+def open_input(
+    rig: Rig,
+    site: int,
+    vector: Words,
+    seed: bytes,
+    mask_key: bytes,
+    u2: tuple[int, ...],
+    u2_hash: bytes,
+) -> Words:
     """What anyone can do who has a site's masked input and both of its secrets."""
     cohort, opened = rig.tally._cohort, vector.copy()
     private = X25519PrivateKey.from_private_bytes(mask_key)
-    add, subtract = [], [self_mask_key(seed, cohort.session, site)]
+    add: list[bytes] = []
+    subtract = [self_mask_key(seed, cohort.session, site)]
     for other in cohort.graph.neighbours(site):
         if other in u2:
             shared = agree(private, other, cohort.hellos[other].mask_key)

@@ -3,6 +3,9 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.aggregation import reference as ref
 
@@ -15,17 +18,17 @@ PARAMETERS = (
 )
 
 
-def secret(label, size=32):
+def secret(label: str, size: int = 32) -> bytes:
     return hashlib.shake_256(label.encode()).digest(size)
 
 
-def roster_hash(sites):
-    coordinator = ref.Ed25519PrivateKey.from_private_bytes(secret("coordinator"))
+def roster_hash(sites: dict[int, dict[str, Any]]) -> bytes:
+    coordinator = Ed25519PrivateKey.from_private_bytes(secret("coordinator"))
     rows = [
         ref.h(
             ref.i(n),
             f"site {n}".encode(),
-            ref.Ed25519PrivateKey.from_private_bytes(s["identity"]).public_key().public_bytes_raw(),
+            Ed25519PrivateKey.from_private_bytes(s["identity"]).public_key().public_bytes_raw(),
         )
         for n, s in sorted(sites.items())
     ]
@@ -33,9 +36,9 @@ def roster_hash(sites):
     return ref.h("roster", (1).to_bytes(8, "big"), key, *rows)
 
 
-def three_sites():
+def three_sites() -> dict[int, dict[str, Any]]:
     """Secrets of each site in the order a session draws them, and inputs at the extremes."""
-    sites = {}
+    sites: dict[int, dict[str, Any]] = {}
     for n in (2, 7, 300):
         draws = [secret(f"{n} envelope"), secret(f"{n} mask"), secret(f"{n} nonce")]
         seed = secret(f"{n} seed")
@@ -54,10 +57,10 @@ def three_sites():
     return sites
 
 
-def session_vector():
+def session_vector() -> dict[str, Any]:
     sites = three_sites()
     parameters = (PARAMETERS % (roster_hash(sites).hex(), ref.h("task").hex())).encode()
-    out = ref.transcript(parameters, sites, 2, 4)
+    out = ref.transcript(parameters, sites, 4)
     return {
         "note": "three sites, complete graph, T = 0, t = 2, nobody vanishes",
         "parameters": parameters.decode(),
@@ -81,7 +84,7 @@ def session_vector():
     }
 
 
-def primitives_vector():
+def primitives_vector() -> dict[str, Any]:
     sid = ref.h("sid", bytes(32))
     key = bytes(range(32))
     a, b = secret("a"), secret("b")
@@ -136,7 +139,7 @@ def primitives_vector():
     }
 
 
-def main():
+def main() -> None:
     for name, value in (("primitives", primitives_vector()), ("session", session_vector())):
         text = json.dumps(value, indent=1) + "\n"
         (HERE / f"{name}.json").write_text(text)

@@ -6,6 +6,7 @@ own, Shamir with fractions modulo the prime. Nothing is imported from fedward.
 
 import hashlib
 import hmac
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.modes import ECB
 PRIME = 2**256 + 297
 
 
-def h(*fields):
+def h(*fields: bytes | str) -> bytes:
     data = b""
     for field in fields:
         raw = field.encode() if isinstance(field, str) else field
@@ -25,31 +26,31 @@ def h(*fields):
     return hashlib.sha256(data).digest()
 
 
-def i(site):
+def i(site: int) -> bytes:
     return site.to_bytes(4, "big")
 
 
-def kdf(secret, salt, *fields):
+def kdf(secret: bytes, salt: bytes, *fields: bytes | str) -> bytes:
     extracted = hmac.digest(salt, secret, "sha256")
     return hmac.digest(extracted, h(*fields) + b"\x01", "sha256")
 
 
-def sig(seed, tag, *fields):
+def sig(seed: bytes, tag: str, *fields: bytes) -> bytes:
     key = Ed25519PrivateKey.from_private_bytes(seed)
     return key.sign(b"secagg/1/" + tag.encode() + h(*fields))
 
 
-def public(private):
+def public(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def dh(private, other):
+def dh(private: bytes, other: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).exchange(
         X25519PublicKey.from_public_bytes(other)
     )
 
 
-def stream(key, words, word_bytes):
+def stream(key: bytes, words: int, word_bytes: int) -> list[int]:
     """The first words of a mask as integers."""
     per_block = (1 << 22) * word_bytes // 16
     out = bytearray()
@@ -65,7 +66,7 @@ def stream(key, words, word_bytes):
     ]
 
 
-def share(secret, coefficients, holders):
+def share(secret: bytes, coefficients: list[int], holders: int) -> list[bytes]:
     """Shares of a secret; coefficients from the highest power down to x^1."""
     polynomial = [*coefficients, int.from_bytes(secret, "big")]
     degree = len(polynomial) - 1
@@ -77,31 +78,21 @@ def share(secret, coefficients, holders):
     ]
 
 
-def at_zero(points):
-    """Lagrange at 0."""
-    total = 0
-    for x, y in points.items():
-        term = int.from_bytes(y, "big")
-        for other in points:
-            if other != x:
-                term = term * other * pow(other - x, -1, PRIME) % PRIME
-        total += term
-    return (total % PRIME).to_bytes(33, "big")
-
-
-def envelope(private, other, sid, dealer, holder, plain):
+def envelope(
+    private: bytes, other: bytes, sid: bytes, dealer: int, holder: int, plain: bytes
+) -> bytes:
     key = kdf(dh(private, other), sid, "env", i(dealer), i(holder))
     return AESGCM(key).encrypt(bytes(12), plain, h(sid, i(dealer), i(holder)))
 
 
-def transcript(parameters, sites, threshold, word_bytes):
+def transcript(parameters: bytes, sites: dict[int, dict[str, Any]], word_bytes: int) -> Any:
     """Every value of a session without dropouts on the complete graph.
 
     ``sites`` maps id to identity, envelope, mask, nonce, seed (32 bytes each), the coefficients of
     both sharings, and the input words.
     """
     ids = sorted(sites)
-    out = {"hello": {}, "shares": {}, "masked": {}, "vote": {}}
+    out: dict[str, Any] = {"hello": {}, "shares": {}, "masked": {}, "vote": {}}
     for n in ids:
         s = sites[n]
         fields = (i(n), public(s["envelope"]), public(s["mask"]), s["nonce"])
@@ -112,7 +103,7 @@ def transcript(parameters, sites, threshold, word_bytes):
         b = share(s["seed"], s["seed_coefficients"], len(ids))
         k = share(s["mask"], s["mask_coefficients"], len(ids))
         cb = h("bcommit", sid, s["seed"])
-        rows = {}
+        rows, head = {}, b""
         for x, m in enumerate(ids, 1):
             hb = h("hb", sid, i(n), i(m), b[x - 1])
             hs = h("hs", sid, i(n), i(m), k[x - 1])
@@ -138,7 +129,9 @@ def transcript(parameters, sites, threshold, word_bytes):
     return out
 
 
-def masked_input(sites, n, sid, u2, word_bytes):
+def masked_input(
+    sites: dict[int, dict[str, Any]], n: int, sid: bytes, u2: bytes, word_bytes: int
+) -> list[int]:
     s, modulus = sites[n], 1 << (8 * word_bytes)
     y = list(s["input"])
     mask = stream(kdf(s["seed"], sid, "self", i(n)), len(y), word_bytes)

@@ -5,6 +5,7 @@ can be taken out, a twin test does so and shows that the attack then reads the v
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from fedward.aggregation import cohort as cohort_module
 from fedward.aggregation import wire
 from fedward.aggregation.cohort import PinnedKeys
 from fedward.aggregation.fixed_point import Grid
-from fedward.aggregation.parameters import Limits
+from fedward.aggregation.masks import Words
+from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.tally import Tally
 from fedward.aggregation.transcript import (
@@ -25,11 +27,11 @@ from fedward.attempt import Attempt
 from fedward.errors import ProtocolError
 from fedward.identity import Identity
 from tests.aggregation.attacker import VICTIM, refused
-from tests.aggregation.rig import identity, make_rig, make_roster
+from tests.aggregation.rig import Rig, identity, make_rig, make_roster
 
 LOW_ORDER = bytes(32)
 
-CHANGES = {
+CHANGES: dict[str, dict[str, Any]] = {
     "minimum": {"minimum": 3},
     "colluders": {"colluders": 0},
     "task hash": {"task_hash": bytes([1]) * 32},
@@ -68,7 +70,7 @@ def test_sites_with_different_parameters_never_meet(change):
         refused(rig, "R1", message, site=2, match="R0 signature")
 
 
-def coalition(rig, parameters, limits):
+def coalition(rig: Rig, parameters: SessionParameters, limits: Limits) -> Words:
     """The victim among sites that the coordinator runs; returns what it reads of the victim."""
     rig.sessions[VICTIM] = rig.session(VICTIM, expected=parameters, limits=limits)
     for site in rig.sites[1:]:
@@ -118,15 +120,15 @@ def test_twin_two_instances_of_one_attempt():
     assert np.array_equal(difference, first.inputs[4])
 
 
-def hellos_of(rig):
+def hellos_of(rig: Rig) -> dict[int, wire.Hello]:
     rig.run_to("R1")
     return {site: wire.decode_hello(reply) for site, reply in rig.said["R0"].items()}
 
 
-def impostor(rig, site, signer):
+def impostor(rig: Rig, site: int, signer: Identity) -> wire.Hello:
     """A hello in a site's name with keys that the coordinator knows."""
-    keys = [X25519PrivateKey.generate().public_key().public_bytes_raw() for _ in range(2)]
-    hello = wire.Hello(site, *keys, bytes(32), b"")
+    cpk, spk = (X25519PrivateKey.generate().public_key().public_bytes_raw() for _ in range(2))
+    hello = wire.Hello(site, cpk, spk, bytes(32), b"")
     fields = cohort_module.hello_fields(rig.tally.request(), hello)
     return hello._replace(signature=sign(signer, "R0", *fields))
 
@@ -139,16 +141,21 @@ def test_substituted_keys():
     refused(rig, "R1", wire.encode_hellos(hellos.values()), match="site 2: its R0 signature")
 
 
-def everyone_else_is_the_coordinator(rig):
+class Blind(PinnedKeys):
+    """Takes every signature."""
+
+    def verify(self, site: int, signature: bytes, stage: str, *fields: bytes) -> None: ...
+
+
+def everyone_else_is_the_coordinator(rig: Rig) -> Words:
     """Sites 2.. are run by the coordinator under keys of its own; returns the sum it gets."""
     strangers = {site: Identity() for site in rig.sites[1:]}
     for site, key in strangers.items():
         rig.sessions[site] = rig.session(site, identity=key)
         rig.inputs[site][:] = 0
-    tally = rig.tally
-    tally._pinned.verify = lambda *_: None  # the coordinator's own side checks what it likes
-    for session in (rig.sessions[site] for site in strangers):
-        session._pinned.verify = lambda *_: None
+    parties: tuple[Any, ...] = (rig.tally, *(rig.sessions[site] for site in strangers))
+    for party in parties:
+        party._pinned = Blind(rig.roster)  # on its own side the coordinator checks what it likes
     return rig.run().words
 
 
@@ -212,7 +219,8 @@ def test_low_order_keys(key):
     """The shared secret with such a key is zero for everybody."""
     rig = make_rig(4)
     hellos = hellos_of(rig)
-    bad = hellos[2]._replace(**{key: LOW_ORDER})
+    change: dict[str, Any] = {key: LOW_ORDER}
+    bad = hellos[2]._replace(**change)
     fields = cohort_module.hello_fields(rig.tally.request(), bad)
     hellos[2] = bad._replace(signature=sign(identity(2), "R0", *fields))
     message = wire.encode_hellos(hellos.values())

@@ -4,6 +4,9 @@ Each attack ends in an abort or in the unmodified sum, never in more. Where the 
 can be taken out, a twin test does so and shows that the attack then reads the victim's input.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -16,11 +19,11 @@ from fedward.aggregation.transcript import (
     sign,
 )
 from fedward.errors import ProtocolError
-from tests.aggregation.attacker import VICTIM, deliver, refused
-from tests.aggregation.rig import identity, make_rig
+from tests.aggregation.attacker import VICTIM, deliver, refused, state
+from tests.aggregation.rig import Rig, identity, make_rig
 
 
-def envelopes_of(rig, site=VICTIM):
+def envelopes_of(rig: Rig, site: int = VICTIM) -> tuple[tuple[int, ...], tuple[wire.Envelope, ...]]:
     return wire.decode_envelopes(rig.run_to("R2")[site])
 
 
@@ -38,7 +41,8 @@ def test_every_flipped_bit_of_an_envelope():
 def test_changed_commitments(field):
     rig = make_rig(4)
     u2, (first, *rest) = envelopes_of(rig)
-    first = first._replace(**{field: bytes(len(getattr(first, field)))})
+    zeros: dict[str, Any] = {field: bytes(len(getattr(first, field)))}
+    first = first._replace(**zeros)
     refused(rig, "R2", wire.encode_envelopes(u2, [first, *rest]), match="site 2: its R1")
 
 
@@ -59,7 +63,7 @@ def test_missing_envelope():
     refused(rig, "R2", wire.encode_envelopes(u2, envelopes[1:]), match="neighbours in U2")
 
 
-def dealer_sends(rig, tamper):
+def dealer_sends(rig: Rig, tamper: Callable[[wire.Envelope], tuple[wire.Envelope, int]]) -> bytes:
     """Site 2 is malicious: it signs whatever ``tamper`` makes of its envelope for the victim."""
     u2, envelopes = envelopes_of(rig)
     changed = []
@@ -74,7 +78,7 @@ def dealer_sends(rig, tamper):
     return wire.encode_envelopes(u2, changed)
 
 
-def envelope_fields(rig, envelope, point):
+def envelope_fields(rig: Rig, envelope: wire.Envelope, point: int) -> tuple[bytes, ...]:
     cohort = rig.tally._cohort
     number = [n.to_bytes(4, "big") for n in (2, VICTIM, point)]
     return (
@@ -121,7 +125,7 @@ def test_u2_with_someone_new():
     refused(rig, "R2", wire.encode_envelopes([*u2, 99], envelopes), match="not there before")
 
 
-def alone(rig, others):
+def alone(rig: Rig, others: tuple[int, ...]) -> bytes:
     """A cohort of the victim and a few others, with matching envelopes."""
     _, envelopes = envelopes_of(rig)
     kept = (VICTIM, *others)
@@ -138,7 +142,7 @@ def test_twin_without_the_size_of_u2(monkeypatch):
     message = alone(rig, ())
     monkeypatch.setattr(Cohort, "check_enough", lambda *_: None)
     monkeypatch.setattr(Cohort, "check_held", lambda *_: None)
-    seed = rig.sessions[VICTIM]._state.seed  # what a majority's shares would give
+    seed = state(rig, VICTIM).seed  # what a majority's shares would give
     _, vector = deliver(rig, "R2", message)
     apply_masks(
         vector := vector.copy(), subtract=[self_mask_key(seed, rig.tally._cohort.session, VICTIM)]

@@ -1,6 +1,7 @@
 """Malicious sites against the tally: named, and the session goes on where it can."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +32,10 @@ def test_a_site_that_changes_its_share_is_named():
 @pytest.mark.parametrize("which", ["seed", "mask key"])
 def test_a_dealer_whose_shares_lie_on_no_polynomial_is_named(which, monkeypatch):
     rig = make_rig(4, gone={2: "R2"} if which == "mask key" else {})
-    split, calls = shamir.split, []
+    split = shamir.split
+    calls: list[bytes] = []
 
-    def lying(secret, **options):
+    def lying(secret: bytes, **options: Any) -> list[bytes]:
         shares = split(secret, **options)
         calls.append(secret)
         wrong = 1 if which == "seed" else 2  # each dealer shares its seed first, then its key
@@ -54,7 +56,8 @@ def test_a_truncated_or_changed_upload():
     vector = rig.vectors[2]
     changed = vector.copy()
     changed[0] += 1
-    for bad in (vector[:-1], changed, vector.astype(np.uint16), vector.astype(np.int64)):
+    bads: list[Any] = [vector[:-1], changed, vector.astype(np.uint16), vector.astype(np.int64)]
+    for bad in bads:
         with pytest.raises(ProtocolError):
             rig.tally.add_masked(2, header, bad)
     rig.add("R2", 2, header)

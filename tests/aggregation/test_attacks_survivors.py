@@ -12,6 +12,7 @@ import pytest
 from fedward.aggregation import cohort as cohort_module
 from fedward.aggregation import shamir, wire
 from fedward.aggregation.graph import Thresholds
+from fedward.aggregation.masks import Words
 from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.transcript import (
     share_commitment,
@@ -19,11 +20,11 @@ from fedward.aggregation.transcript import (
 )
 from fedward.attempt import Attempt
 from fedward.errors import ProtocolError
-from tests.aggregation.attacker import VICTIM, deliver, open_input, refused
-from tests.aggregation.rig import identity, make_rig
+from tests.aggregation.attacker import VICTIM, deliver, open_input, refused, state
+from tests.aggregation.rig import Rig, identity, make_rig
 
 
-def headers_of(rig):
+def headers_of(rig: Rig) -> list[wire.Header]:
     rig.exchange("R2", rig.run_to("R2"))
     return [wire.decode_header(rig.said["R2"][site]) for site in rig.sites]
 
@@ -70,20 +71,20 @@ def test_a_second_survivor_set_after_a_restart():
     refused(rig, "R0", rig.tally.request(), match="not newer")
 
 
-def votes_for(rig, sites, headers):
+def votes_for(rig: Rig, sites: tuple[int, ...], headers: list[wire.Header]) -> dict[int, wire.Vote]:
     """The votes of honest sites shown this survivor set, and their answers to a certificate."""
     message = wire.encode_survivors(headers)
     return {site: wire.decode_vote(deliver(rig, "R3", message, site)) for site in sites}
 
 
-def split_in_two(rig):
+def split_in_two(rig: Rig) -> Words:
     """Honest sites 1-3 and 4-6 are shown different survivor sets; colluder 7 signs both.
 
     Returns the victim's input as the coordinator reads it.
     """
     headers = headers_of(rig)
     colluder = rig.sessions[7]
-    shares = colluder._state.shares[VICTIM]
+    shares = state(rig, 7).shares[VICTIM]
     points = {"b": {7: shares[0]}, "s": {7: shares[1]}}
     for honest in ((1, 2, 3), (4, 5, 6)):
         shown = [headers[s - 1] for s in (*honest, 7)]
@@ -120,7 +121,7 @@ def test_twin_with_a_majority_in_place_of_the_quorum(monkeypatch):
     assert np.array_equal(split_in_two(rig), rig.inputs[VICTIM])
 
 
-def votes_of(rig):
+def votes_of(rig: Rig) -> list[wire.Vote]:
     messages = rig.run_to("R3")
     rig.exchange("R3", messages)
     return [wire.decode_vote(rig.said["R3"][site]) for site in rig.sites]
@@ -152,6 +153,7 @@ def test_a_signature_of_a_site_that_is_not_in_the_sum():
     rig.exchange("R3", rig.run_to("R3"))
     votes = [wire.decode_vote(rig.said["R3"][s]) for s in (1, 2, 3, 4)]
     outcome = rig.sessions[2].outcome
+    assert outcome is not None
     outsider = wire.Vote(5, sign(identity(5), "R3", outcome.session, outcome.survivors_hash))
     refused(rig, "R4", wire.encode_certificate([*votes, outsider]), match="site 5: it signed")
 

@@ -1,6 +1,7 @@
 """The graph: the figures of the specification, and no way to cut a group of sites off."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -61,7 +62,7 @@ def test_tails_against_fractions(population, data):
     draws = data.draw(st.integers(0, population))
     odds = data.draw(st.sampled_from([2, 1000, 2**40]))
 
-    def probability(condition):
+    def probability(condition: Callable[[int], bool]) -> Fraction:
         ways = (
             math.comb(marked, x) * math.comb(population - marked, draws - x)
             for x in range(draws + 1)
@@ -82,7 +83,7 @@ def test_too_many_losses_fall_back_to_everybody():
     assert thresholds(129, 60, 60).neighbours == 128
 
 
-def ring(size, degree, session=SESSION):
+def ring(size: int, degree: int, session: bytes = SESSION) -> Graph:
     return Graph(session, range(size), degree)
 
 
@@ -109,12 +110,12 @@ def test_points_are_ranks():
             graph.point(dealer, holder)
 
 
-def cohort_of(size, need):
+def cohort_of(size: int, need: Thresholds) -> Cohort:
     graph = ring(size, need.neighbours)
     return Cohort(session=SESSION, hellos={}, need=need, minimum=need.quorum, graph=graph)
 
 
-def cut_is_noticed(cohort, size, corrupt):
+def cut_is_noticed(cohort: Cohort, size: int, corrupt: set[int]) -> bool:
     """Whether some honest site refuses, for every arc that adversarial gaps could cut off.
 
     The coordinator declares all neighbours of an arc dead, but for the colluders among them, who
@@ -137,7 +138,7 @@ def cut_is_noticed(cohort, size, corrupt):
     return True
 
 
-def refuses(cohort, alive, site):
+def refuses(cohort: Cohort, alive: frozenset[int], site: int) -> bool:
     try:
         cohort.check_held(alive, site, "U3")
     except ProtocolError:

@@ -39,7 +39,8 @@ def test_against_the_reference(size, word_bytes, mode, adds, subtracts):
 @pytest.mark.parametrize("size", [BLOCK_WORDS - 1, BLOCK_WORDS, BLOCK_WORDS + 1])
 def test_modes_threads_and_chunks_agree_at_a_block_s_end(size):
     found = set()
-    for mode, threads in (("gcm", 1), ("ctr", 1), ("gcm", 3)):
+    ways: tuple[tuple[masks.Mode, int], ...] = (("gcm", 1), ("ctr", 1), ("gcm", 3))
+    for mode, threads in ways:
         vector = np.zeros(size, dtype=np.uint32)
         apply_masks(vector, add=KEYS[:1], subtract=KEYS[1:2], mode=mode, threads=threads)
         found.add(vector.tobytes())
@@ -59,9 +60,9 @@ def test_the_chosen_mode_is_one_of_the_two():
 
 
 def test_a_key_is_used_once():
-    for arguments in ({"add": KEYS[:1] * 2}, {"add": KEYS[:1], "subtract": KEYS[:1]}):
+    for add, subtract in ((KEYS[:1] * 2, []), (KEYS[:1], KEYS[:1])):
         with pytest.raises(ProtocolError, match="twice"):
-            apply_masks(np.zeros(4, dtype=np.uint32), **arguments)
+            apply_masks(np.zeros(4, dtype=np.uint32), add=add, subtract=subtract)
 
 
 def test_a_masked_vector_is_not_masked_again():

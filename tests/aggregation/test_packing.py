@@ -1,8 +1,10 @@
 """From updates to the next adapter: packed, summed, unpacked, applied."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from fedward.aggregation.fixed_point import Grid
@@ -11,15 +13,16 @@ from fedward.aggregation.parameters import Slot
 from fedward.aggregation.transcript import task_hash
 from fedward.errors import ProtocolError
 from fedward.privacy.noise import SecureStream
-from tests.aggregation.rig import make_rig
+from tests.aggregation.rig import Rig, make_rig
 
 SLOTS = (Slot(name="loss", clip=4.0), Slot(name="units", clip=1e5))
 
 
-def packed_rig(**changes):
+def packed_rig(**changes: Any) -> tuple[Rig, dict[int, npt.NDArray[np.float32]]]:
     """A session over real updates with slots; returns it with the updates."""
     rig = make_rig(4, dimension=1000, slots=SLOTS, **changes)
-    generator, updates = np.random.default_rng(3), {}
+    generator = np.random.default_rng(3)
+    updates: dict[int, npt.NDArray[np.float32]] = {}
     for site in rig.sites:
         update = generator.normal(size=1000).astype(np.float32) * 0.01
         updates[site] = update

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -41,7 +42,7 @@ def test_every_field_is_needed_and_typed(name):
     fields = PARAMETERS.fields()
     missing = {key: value for key, value in fields.items() if key != name}
     allowed = {"run": "x", "slots": []}  # other sessions, but possible ones
-    bad_values = [None, True, 1.0, -1, "x", [], {}]
+    bad_values: list[Any] = [None, True, 1.0, -1, "x", [], {}]
     changed = [{**fields, name: bad} for bad in bad_values if bad != allowed.get(name, ())]
     for wrong in (missing, *changed):
         with pytest.raises(ProtocolError):
@@ -121,8 +122,9 @@ def test_limits_let_a_stricter_session_pass():
 
 @pytest.mark.parametrize("field", ["colluders", "minimum", "sites", "words"])
 def test_impossible_limits(field):
+    changes: dict[str, Any] = {field: -1}
     with pytest.raises(InvalidValue):
-        Limits(**{field: -1})
+        Limits(**changes)
 
 
 def test_attempts_of_two_rounds_have_different_parameters():

@@ -38,4 +38,4 @@ def test_other_shapes_and_types():
     with pytest.raises(ProtocolError, match="shape"):
         next_vector(np.zeros(3, dtype=np.float32), np.zeros(4))
     with pytest.raises(ProtocolError, match="float32"):
-        next_vector(np.zeros(3), np.zeros(3))
+        next_vector(np.zeros(3), np.zeros(3))  # type: ignore[arg-type]  # what the test is about

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from fedward.aggregation.transcript import envelope_context, envelope_key, kdf
 from fedward.canonical import digest
 from fedward.errors import ProtocolError
 from fedward.identity import Identity, Member, Roster
-from tests.aggregation import make_vectors
+from tests.aggregation import make_vectors, reference
 from tests.aggregation.make_vectors import secret
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -28,11 +30,11 @@ PRIMITIVES = json.loads((VECTORS / "primitives.json").read_text())
 SESSION = json.loads((VECTORS / "session.json").read_text())
 
 
-def replay(draws):
+def replay(draws: list[str]) -> Callable[[int], bytes]:
     """A source of secrets that gives the vector's bytes, in order, in the sizes asked for."""
     queue = [bytes.fromhex(draw) for draw in draws]
 
-    def source(size):
+    def source(size: int) -> bytes:
         value = queue.pop(0)
         assert len(value) == size
         return value
@@ -97,7 +99,7 @@ def test_shamir():
             assert shamir.join({x: shares[x - 1] for x in chosen}, 3) == value
 
 
-def vector_sites():
+def vector_sites() -> tuple[dict[int, Any], Roster, SessionParameters, dict[int, SiteSession]]:
     """The vector's three sites, as sessions that draw the vector's secrets."""
     rows = {int(n): row for n, row in SESSION["sites"].items()}
     identities = {n: Identity(bytes.fromhex(row["identity"])) for n, row in rows.items()}
@@ -157,7 +159,7 @@ def test_the_vector_would_notice(field):
     sites = make_vectors.three_sites()
     sites[7]["input"][0] += 1
     sites[7]["nonce"] = bytes(32)
-    changed = make_vectors.ref.transcript(SESSION["parameters"].encode(), sites, 2, 4)
+    changed = reference.transcript(SESSION["parameters"].encode(), sites, 4)
     total = [sum(c) % 2**32 for c in zip(*(s["input"] for s in sites.values()), strict=True)]
     found = {"sid": changed["sid"].hex(), "u3": changed["u3"].hex(), "sum": total}
     assert found[field] != SESSION[field]

@@ -1,5 +1,8 @@
 """Every decoder reads what its encoder wrote and refuses all else with one kind of error."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,11 +13,11 @@ from fedward.errors import ProtocolError
 IDS = st.integers(0, 2**32 - 1)
 
 
-def raw(size):
+def raw(size: int) -> st.SearchStrategy[bytes]:
     return st.binary(min_size=size, max_size=size)
 
 
-def rows(*columns):
+def rows(*columns: st.SearchStrategy[bytes]) -> st.SearchStrategy[tuple[Any, ...]]:
     """Tuples ordered by their first element, each once."""
     lists = st.lists(st.tuples(IDS, *columns), max_size=5, unique_by=lambda row: row[0])
     return lists.map(lambda found: tuple(sorted(found, key=lambda row: row[0])))
@@ -79,7 +82,7 @@ def test_released(site, shares):
     assert wire.decode_released(wire.encode_released(released)) == released
 
 
-def attempt(decoder, data):
+def attempt(decoder: Callable[[bytes], object], data: bytes) -> bool:
     """Either a value or a ProtocolError: any other exception fails the test."""
     try:
         decoder(data)
