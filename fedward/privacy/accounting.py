@@ -206,7 +206,9 @@ def renyi_epsilon(events: Sequence[SampledGaussian], delta: float) -> float:
 def filter_order(first: Sequence[SampledGaussian], *, epsilon: float, delta: float) -> float:
     """The Rényi order at which a first plan (with noise) fits most often below a finite cap."""
     losses = zip(_ORDERS, _renyi(merged(first), _ORDERS), strict=True)
-    budgets = [(epsilon - _conversion(order, 0.0, delta)) / loss for order, loss in losses]
+    budgets = [
+        (epsilon - _conversion(order, 0.0, delta)) / max(loss, 1e-300) for order, loss in losses
+    ]
     return _ORDERS[budgets.index(max(budgets))]
 
 

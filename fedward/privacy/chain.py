@@ -1,0 +1,189 @@
+"""An append-only file of signed, hash-chained JSON lines that survives crashes and full disks.
+
+A line is canonical JSON of ``{entry, h, prev, salt, seq, sig}``: ``h`` is the SHA-256 of the line
+without ``h`` and ``sig``, ``prev`` the ``h`` of the line before (64 zeros at first), and ``sig`` an
+Ed25519 signature of ``h``. The salt is secret, so that a head, which leaves the site, tells nothing
+about entries that somebody could guess.
+
+Cutting whole lines off the end leaves a valid chain: whoever must notice a restored disk keeps a
+head outside and asks :meth:`Chain.check_anchor`.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fedward.canonical import Json, canonical_json
+from fedward.errors import IdentityError, LedgerError
+from fedward.identity import Identity, verify
+
+_ZEROS = "0" * 64
+_SALT_BYTES = 16
+_FIELDS = {"entry", "h", "prev", "salt", "seq", "sig"}
+
+
+class Chain:
+    """The open file; one process at a time holds it.
+
+    Args:
+        path: Where it lies; made (mode 0600) if there is none, in a folder that exists.
+        identity: Signs each line, and must have signed those that are there.
+        purpose: What the signatures are for, an ASCII tag.
+
+    Attributes:
+        entries: Every entry so far, in order.
+
+    Raises:
+        LedgerError: Another process holds the file, it cannot be read or written, or a line (named
+            by its number) is not what was once written. A last line without its newline was never
+            acknowledged and is cut off.
+
+    Guarantees:
+        An entry whose :meth:`append` returned survives kill -9 and power loss at any later instant.
+        An entry whose append failed is there whole or not at all.
+    """
+
+    def __init__(self, path: Path, identity: Identity, *, purpose: str) -> None:
+        self._path, self._identity, self._purpose = path, identity, purpose
+        self.entries: list[dict[str, Any]] = []
+        self._hashes: list[str] = []
+        self._broken = False
+        try:
+            self._descriptor = self._open_file()
+            self._close = weakref.finalize(self, os.close, self._descriptor)
+        except OSError as error:
+            raise LedgerError(f"{path}: cannot be opened: {error.strerror}") from error
+        try:
+            self._read()
+        except OSError as error:
+            self.close()
+            raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+        except LedgerError:
+            self.close()
+            raise
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """How many lines there are, and the hash of the last (64 zeros if there is none)."""
+        return len(self._hashes), self._hashes[-1] if self._hashes else _ZEROS
+
+    def append(self, entry: Mapping[str, Json]) -> None:
+        """Add an entry; on return it is on the disk.
+
+        Raises:
+            LedgerError: It could not be written. The chain then refuses everything until it is
+                opened again, because only reading tells what reached the disk.
+        """
+        if self._broken:
+            raise LedgerError(f"{self._path}: a write failed or it was closed; open it again")
+        seq, prev = self.head
+        record: dict[str, Json] = {
+            "entry": dict(entry),
+            "prev": prev,
+            "salt": os.urandom(_SALT_BYTES).hex(),
+            "seq": seq,
+        }
+        own = hashlib.sha256(canonical_json(record)).digest()
+        signature = self._identity.sign(self._purpose, own).hex()
+        line = canonical_json(record | {"h": own.hex(), "sig": signature}) + b"\n"
+        self._broken = True  # until it is known that all of it is there
+        try:
+            rest = memoryview(line)
+            while rest:  # a write may be short without an error
+                rest = rest[os.write(self._descriptor, rest) :]
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise LedgerError(
+                f"{self._path}: cannot be written: {error.strerror}; mend it and open it again"
+            ) from error
+        self._broken = False
+        self.entries.append(json.loads(line)["entry"])
+        self._hashes.append(own.hex())
+
+    def check_anchor(self, seq: int, head: str) -> None:
+        """Check that a head kept elsewhere still is part of this chain.
+
+        Raises:
+            LedgerError: The file is older than the anchor (a restored disk), or another one.
+        """
+        here, _ = self.head
+        if seq > here:
+            raise LedgerError(
+                f"{self._path}: line {here + 1} is missing: {seq} lines were once acknowledged and "
+                f"{here} are there. The disk was rolled back; restore the newest copy"
+            )
+        if (self._hashes[seq - 1] if seq > 0 else _ZEROS) != head:
+            raise LedgerError(f"{self._path}: line {seq} is not the line that was acknowledged")
+
+    def close(self) -> None:
+        """Let the file go; a second call does nothing."""
+        self._broken = True
+        self._close()
+
+    def __enter__(self) -> Self:
+        """Use as a context that closes the file."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def _open_file(self) -> int:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
+        try:
+            descriptor = os.open(self._path, flags)
+        except FileNotFoundError:
+            descriptor = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            folder = os.open(self._path.parent, os.O_RDONLY)
+            os.fsync(folder)  # else a power loss may take the new file away
+            os.close(folder)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise LedgerError(f"{self._path}: another process holds it") from error
+        return descriptor
+
+    def _read(self) -> None:
+        data = self._path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
+            self._check_line(line, number)
+        if whole < len(data):
+            os.ftruncate(self._descriptor, whole)
+            os.fsync(self._descriptor)
+
+    def _check_line(self, line: bytes, number: int) -> None:
+        where = f"{self._path}: line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise LedgerError(f"{where} is not JSON") from error
+        if not isinstance(record, dict) or set(record) != _FIELDS or canonical_json(record) != line:
+            raise LedgerError(f"{where} is not in the form it was written in")
+        bare = {key: record[key] for key in _FIELDS - {"h", "sig"}}
+        own = hashlib.sha256(canonical_json(bare)).digest()
+        if record["h"] != own.hex():
+            raise LedgerError(f"{where} was changed: its hash is another")
+        seq, prev = self.head
+        if (record["seq"], record["prev"]) != (seq, prev):
+            raise LedgerError(
+                f"{where} does not follow the line before: lines are missing or moved"
+            )
+        try:
+            verify(self._identity.public_key, self._purpose, bytes.fromhex(record["sig"]), own)
+        except (IdentityError, ValueError) as error:
+            raise LedgerError(f"{where} was not signed by this site's key") from error
+        self.entries.append(record["entry"])
+        self._hashes.append(record["h"])
