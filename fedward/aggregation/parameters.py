@@ -24,7 +24,7 @@ class Slot:
 
     Args:
         name: 1 to 64 of a-z, 0-9, '-' and '_'.
-        clip: The value is clipped to ±clip, > 0; fixes its own grid.
+        clip: The value is clipped to ±clip, 1e-30 to 1e30; fixes its own grid.
     """
 
     name: str
@@ -34,8 +34,8 @@ class Slot:
         """Check every limit."""
         if re.fullmatch(r"[a-z0-9_-]{1,64}", self.name) is None:
             raise InvalidValue("slot", self.name, "1 to 64 of a-z, 0-9, '-' and '_'")
-        if not 0 < self.clip < math.inf:
-            raise InvalidValue(f"slot {self.name} clip", self.clip, "a number above 0")
+        if not 1e-30 <= self.clip <= 1e30:
+            raise InvalidValue(f"slot {self.name} clip", self.clip, "1e-30 to 1e30")
 
 
 @dataclass(frozen=True, kw_only=True)
