@@ -26,7 +26,7 @@ class Grid:
     """The fixed-point grid of one coordinate.
 
     Args:
-        clip: Coordinates are clipped to ±clip, 1e-30 to 1e30. An L2 bound of the vector is always enough.
+        clip: Coordinates are clipped to ±clip, 1e-30 to 1e30; an L2 bound of the vector is enough.
         sites: Most sites that one sum may have, 2 to 65536.
         word_bits: 16 or 32.
 
