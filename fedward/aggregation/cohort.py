@@ -100,6 +100,8 @@ def form_cohort(
         ProtocolError: Another check failed.
     """
     members = {hello.site: hello for hello in hellos}
+    if len(members) < parameters.minimum:
+        raise CohortTooSmall(f"U1 has {len(members)} sites, the session needs {parameters.minimum}")
     if len(members) > parameters.grid.sites:
         raise ProtocolError(f"{len(members)} sites, the session's grid is made for fewer")
     # One key under two names would let its owner cancel masks, or stand in for another site.

@@ -40,7 +40,7 @@ def thresholds(sites: int, colluders: int, dropouts: int) -> Thresholds:
 
     Args:
         sites: ``n = |U1|``.
-        colluders: ``T``, 0 to n.
+        colluders: ``T``, 0 to n - 1.
         dropouts: ``D``: sites expected to vanish; only the ring's degree depends on it.
 
     Guarantees:
@@ -69,7 +69,7 @@ def _ring(sites: int, colluders: int, dropouts: int) -> tuple[int, int] | None:
     threshold of k/2 + c + 2 makes it refuse every cut; t1 keeps a site's own neighbours from
     holding enough shares.
     """
-    alive = sites - 1 - dropouts
+    alive = max(0, sites - 1 - dropouts)
     for degree in range(4, sites - 1, 2):
         outside = _upper(sites - 1, colluders, degree // 2, sites << (_SECURITY_BITS + 2))
         around = _upper(sites - 1, colluders, degree, sites << (_SECURITY_BITS + 1))

@@ -49,7 +49,7 @@ class _New:
     """Nothing happened yet."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Keys:
     """The session's fresh X25519 keys: one pair seals envelopes, the other agrees on masks."""
 
@@ -57,13 +57,13 @@ class _Keys:
     mask: X25519PrivateKey
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Greeted:
     keys: _Keys
     hello: wire.Hello
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Shared:
     cohort: Cohort
     keys: _Keys
@@ -71,7 +71,7 @@ class _Shared:
     own_shares: SharePair
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Masked:
     cohort: Cohort
     u2: tuple[int, ...]
@@ -81,7 +81,7 @@ class _Masked:
     """By dealer, this site included: the share of its seed and the share of its mask key."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Voted:
     masked: _Masked
     outcome: Outcome
@@ -94,6 +94,7 @@ class _Done:
     outcome: Outcome
 
 
+# Without repr: what a state holds must not get into a traceback or a log.
 _State = _New | _Greeted | _Shared | _Masked | _Voted | _Done
 _From = TypeVar("_From", bound=_State)
 

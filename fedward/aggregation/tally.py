@@ -3,7 +3,7 @@
 Each exchange is filled by ``add_*`` (one message of one site, in any order) and closed by
 ``close_*``, which returns the next message for each site still there. Sites may vanish at any
 point: whoever has not answered when an exchange is closed is left out, and a session that has too
-few sites left raises :class:`CohortTooSmall`.
+few sites left raises :class:`CohortTooSmall`; the exchange stays open, for one more to come.
 
 ``add_*`` raises :class:`SiteFault` for a message that does not hold: the caller drops that site. A
 message that comes again is ignored.
@@ -99,9 +99,10 @@ class Tally:
         Raises:
             CohortTooSmall: Fewer sites than the minimum or the quorum.
         """
-        self._next("R0", "R1")
+        self._check_open("R0")
         hellos = [self._hellos[site] for site in sorted(self._hellos)]
         self._formed = form_cohort(self.parameters, self._pinned, hellos)
+        self._stage = "R1"
         return dict.fromkeys(self._formed.hellos, wire.encode_hellos(hellos))
 
     def add_shares(self, site: int, message: bytes) -> None:
@@ -129,7 +130,7 @@ class Tally:
             CohortTooSmall: Too few sites are left.
             ProtocolError: Too few holders of some site's shares are left.
         """
-        self._next("R1", "R2")
+        self._check_open("R1")
         cohort, sites = self._cohort, frozenset(self._shares)
         self._check_left(sites, "U2")
         self._u2 = tuple(sorted(sites))
@@ -141,6 +142,7 @@ class Tally:
             for holder, *sealed in self._shares[dealer].sealed:
                 if holder in sites:
                     boxes[holder].append(wire.Envelope(dealer, commitment, *sealed))
+        self._stage = "R2"
         return {site: wire.encode_envelopes(self._u2, box) for site, box in boxes.items()}
 
     def add_masked(self, site: int, message: bytes, vector: Words) -> None:
@@ -178,7 +180,7 @@ class Tally:
             CohortTooSmall: Too few sites are left.
             ProtocolError: Too few holders of some site's shares are left.
         """
-        self._next("R2", "R3")
+        self._check_open("R2")
         cohort, sites = self._cohort, frozenset(self._headers)
         self._check_left(sites, "U3")
         for dealer in self._needed():
@@ -190,6 +192,7 @@ class Tally:
             survivors=tuple(sorted(sites)),
             survivors_hash=survivors_hash(cohort.session, self._u2_hash, inputs),
         )
+        self._stage = "R3"
         return dict.fromkeys(self._outcome.survivors, wire.encode_survivors(headers))
 
     def add_consistency(self, site: int, message: bytes) -> None:
@@ -215,13 +218,14 @@ class Tally:
         Raises:
             CohortTooSmall: Fewer signatures than the quorum.
         """
-        self._next("R3", "R4")
+        self._check_open("R3")
         if len(self._votes) < self._cohort.need.quorum:
             raise CohortTooSmall(
                 f"{len(self._votes)} sites signed the survivor set, the session needs "
                 f"{self._cohort.need.quorum}"
             )
         self._certificate = wire.encode_certificate(self._votes[s] for s in sorted(self._votes))
+        self._stage = "R4"
         return dict.fromkeys(self._frozen.survivors, self._certificate)
 
     def add_unmask(self, site: int, message: bytes) -> None:
@@ -267,9 +271,10 @@ class Tally:
             SiteFault: A dealer shared something else than its secret; it is named, and the session
                 is over.
         """
-        if self._stage != "R4" or not self.complete:
+        self._check_open("R4")
+        if not self.complete:
             raise CohortTooSmall("too few sites released their shares: the sum stays masked")
-        self._next("R4", "done")
+        self._stage = "done"
         add, subtract = self._mask_keys()
         apply_masks(self._total, add=add, subtract=subtract, threads=self._threads)
         self._total.setflags(write=False)
@@ -348,15 +353,13 @@ class Tally:
         for site in sites:
             self._cohort.check_held(sites, site, name)
 
-    def _next(self, stage: str, following: str) -> None:
+    def _check_open(self, stage: str) -> None:
         if self._stage != stage:
             raise ProtocolError(f"{stage} is not open: the session is in {self._stage}")
-        self._stage = following
 
     def _is_new(self, stage: str, site: int, named: int, message: bytes) -> bool:
         """Refuse a late message, one in another's name or a second one; ignore a repetition."""
-        if self._stage != stage:
-            raise ProtocolError(f"a message for {stage} came while the session is in {self._stage}")
+        self._check_open(stage)
         if named != site:
             raise SiteFault(site, f"it speaks in the name of site {named}")
         before = self._seen.get((stage, site))

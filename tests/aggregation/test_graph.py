@@ -160,3 +160,11 @@ def test_twin_with_half_the_neighbours_as_threshold():
         quorum=need.quorum, neighbours=need.neighbours, threshold=need.neighbours // 2 + 1
     )
     assert not cut_is_noticed(cohort_of(200, weak), 200, set())
+
+
+@given(st.integers(3, 400), st.data())
+def test_every_session_has_thresholds(sites, data):
+    colluders = data.draw(st.integers(0, sites - 1))
+    dropouts = data.draw(st.integers(0, 2 * sites))
+    found = thresholds(sites, colluders, dropouts)
+    assert colluders < found.threshold <= found.neighbours + 1 <= sites

@@ -173,6 +173,28 @@ def test_the_sum_comes_early_once_enough_shares_are_there():
     assert np.array_equal(rig.tally.result().words, rig.plain_sum(rig.sites))
 
 
+def test_an_exchange_that_lacks_sites_stays_open():
+    rig = make_rig(4)
+    messages = dict.fromkeys(rig.sites, rig.tally.request())
+    closings = (
+        ("R0", rig.tally.close_hellos),
+        ("R1", rig.tally.close_shares),
+        ("R2", rig.tally.close_masked),
+        ("R3", rig.tally.close_consistency),
+    )
+    for stage, close in closings:
+        with pytest.raises(CohortTooSmall):
+            close()
+        rig.exchange(stage, messages)
+        messages = close()
+    with pytest.raises(CohortTooSmall):
+        rig.tally.result()
+    rig.exchange("R4", messages)
+    assert np.array_equal(rig.tally.result().words, rig.plain_sum(rig.sites))
+    with pytest.raises(ProtocolError, match="not open"):
+        rig.tally.result()
+
+
 def test_fixed_secrets_give_the_same_bytes():
     one, two = make_rig(3, secrets="fixed"), make_rig(3, secrets="fixed")
     assert one.run().transcript == two.run().transcript
@@ -307,7 +329,10 @@ def test_no_secret_outlives_the_session(end):
     rig = make_rig(3, secrets=label)
     session = rig.sessions[1]
     secrets = draws_of(1, label)  # envelope key, mask key, seed; the third draw is the nonce
-    rig.exchange("R2", rig.run_to("R2"))
+    messages = rig.run_to("R2")
+    printed = repr(vars(session))
+    assert not any(repr(secret) in printed or secret.hex() in printed for secret in secrets)
+    rig.exchange("R2", messages)
     if end == "done":
         rig.exchange("R3", rig.tally.close_masked())
         rig.exchange("R4", rig.tally.close_consistency())
