@@ -250,17 +250,13 @@ def _start_anew(base: PreTrainedModel, new: set[str], heads: tuple[str, ...]) ->
             weight.zero_()
             if weight.dim() > 1:
                 # Standard deviation 0.02, as transformers draws it.
-                weight.copy_(uniform(weight.shape, seed=_seed(name)) * (0.02 * 3**0.5))
+                weight.copy_(public_uniform(weight.shape, "head", name) * (0.02 * 3**0.5))
 
 
-def uniform(shape: torch.Size, *, seed: int) -> torch.Tensor:
-    """Public random numbers in [-1, 1), the same on every machine; no secret may use them."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(shape, generator=generator) * 2 - 1
-
-
-def _seed(name: str) -> int:
-    return int.from_bytes(digest("start", name)[:4], "big")
+def public_uniform(shape: torch.Size, *labels: str | bytes) -> torch.Tensor:
+    """Numbers in [-1, 1) that the labels alone decide; public, so nothing secret may use them."""
+    seed = int.from_bytes(digest(*labels)[:4], "big")
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 @contextmanager

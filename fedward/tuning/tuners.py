@@ -1,0 +1,136 @@
+"""PEFT methods over a frozen base: what of a model is trained, and where it starts.
+
+The update of a site is exactly :func:`trainable`: every parameter that requires a gradient, in the
+order of their names.
+"""
+
+import copy
+import dataclasses
+import difflib
+import math
+import warnings
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedward.errors import ConfigurationError
+from fedward.plan import Plan
+from fedward.tuning.models import public_uniform
+
+_OURS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",  # some change the base, others need data; ours starts alike everywhere
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+)
+"""Fields of PEFT that follow from the rest of the plan."""
+
+
+def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
+    """Wrap a base, already on its device, in the plan's tuner at its start.
+
+    LoRA's A is uniform in ±1/√n as in PEFT, B is zero, so that the start computes what the base
+    does. Under ``ffa`` A has orthonormal rows and is frozen (FFA-LoRA, Sun et al. 2403.12313;
+    A·Aᵀ = I by QR). For ``classify`` the head ``score`` or ``classifier`` is trained too; a BERT
+    pooler is not, unless ``modules_to_save`` names it.
+
+    Args:
+        base: From :func:`fedward.tuning.models.load_base`; changed in place.
+        plan: Its tuner, task, aggregation scheme and seed.
+
+    Returns:
+        The model, trainable parameters in float32.
+
+    Raises:
+        ConfigurationError: A key that PEFT does not have or refuses, layers that the model does not
+            have, trainable embeddings or output layers, or a rank above a layer's width.
+    """
+    configuration, outer = _configuration(plan), _outer_layers(base)
+    try:
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5.23 by the old name.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            model = get_peft_model(base, configuration)
+    except (ValueError, TypeError, NotImplementedError, AttributeError, ImportError) as error:
+        raise ConfigurationError(f"[tuner] PEFT refuses it: {error}") from error
+    _refuse_shared(model, outer)
+    for name, parameter in trainable(model).items():
+        parameter.data = parameter.data.float()
+        if ".lora_A." in name:
+            _start(parameter, name, plan)
+    return model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that training changes, sorted by name: exactly these are the update."""
+    return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+def _configuration(plan: Plan) -> LoraConfig:
+    given = copy.deepcopy(dict(plan.tuner.arguments))  # PEFT adds heads to our modules_to_save
+    known = [f.name for f in dataclasses.fields(LoraConfig) if f.name not in _OURS]
+    for key in given:
+        if key in _OURS:
+            raise ConfigurationError(f"[tuner] {key!r} follows from the plan: leave it out")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigurationError(f"[tuner] unknown key {key!r}; {hint}")
+    if "target_parameters" not in given:
+        given.setdefault("target_modules", "all-linear")
+    classify = plan.task.objective == "classify"
+    task = TaskType.SEQ_CLS if classify else TaskType.CAUSAL_LM
+    try:
+        return LoraConfig(task_type=task, **given)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"[tuner] PEFT refuses it: {error}") from error
+
+
+def _outer_layers(base: PreTrainedModel) -> tuple[str, ...]:
+    """Names, inside the wrapped model, of embeddings and language-model output."""
+    output = base.get_output_embeddings()  # type: ignore[no-untyped-call]  # not annotated there
+    outer = {id(base.get_input_embeddings()), id(output)}
+    return tuple(f"base_model.model.{n}." for n, m in base.named_modules() if id(m) in outer)
+
+
+def _refuse_shared(model: nn.Module, outer: tuple[str, ...]) -> None:
+    """Refuse what would train embeddings, the output layer or one weight at two places.
+
+    An embedding's gradient is not bounded by the engine of DP-SGD, and of a weight that two places
+    share it would see half.
+    """
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        if name.startswith(outer) or id(parameter) in seen:
+            raise ConfigurationError(
+                f"[tuner] would train {name}: embeddings, output layers and shared weights stay "
+                "frozen; name other layers in target_modules and modules_to_save"
+            )
+        seen.add(id(parameter))
+
+
+def _start(parameter: nn.Parameter, name: str, plan: Plan) -> None:
+    """Set one LoRA A, shape (r, n), from the plan's seed and its name."""
+    r, n = parameter.shape
+    drawn = public_uniform(parameter.shape, "adapter", plan.seed.to_bytes(4, "big"), name)
+    if plan.aggregation.scheme == "ffa":
+        if r > n:
+            raise ConfigurationError(
+                f"[tuner] r = {r}: 'ffa' allows at most the width {n} of {name}"
+            )
+        q, upper = torch.linalg.qr(drawn.double().T)
+        drawn = (q * upper.diagonal().sign()).T.float()
+        parameter.requires_grad_(False)
+    else:
+        drawn = drawn / math.sqrt(n)
+    with torch.no_grad():
+        parameter.copy_(drawn)
