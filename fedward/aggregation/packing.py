@@ -6,6 +6,8 @@ import numpy.typing as npt
 from fedward.aggregation.fixed_point import Grid, decode, encode
 from fedward.aggregation.masks import Words
 from fedward.aggregation.parameters import SessionParameters
+from fedward.aggregation.rotation import rotate, rotate_back
+from fedward.canonical import digest
 from fedward.errors import ProtocolError
 from fedward.privacy.noise import SecureStream
 
@@ -39,6 +41,8 @@ def pack(
             f"expected an update and slots of shapes {wanted}, got {(update.shape, slots.shape)}"
         )
     words: Words = np.empty(parameters.words, dtype=parameters.grid.dtype)
+    if parameters.rotated:
+        update = rotate(update, _rotation_key(parameters))
     encode(update, parameters.grid, stream, out=words[: parameters.dimension])
     for place, grid in enumerate(_slot_grids(parameters)):
         word = slice(parameters.dimension + place, parameters.dimension + place + 1)
@@ -69,7 +73,15 @@ def unpack(
         slot.name: float(decode(tail[place : place + 1], grids[place])[0])
         for place, slot in enumerate(parameters.slots)
     }
-    return decode(total[: parameters.dimension], parameters.grid), slots
+    update = decode(total[: parameters.dimension], parameters.grid)
+    if parameters.rotated:
+        update = rotate_back(update, _rotation_key(parameters))
+    return update, slots
+
+
+def _rotation_key(parameters: SessionParameters) -> bytes:
+    """Public, and new for every session, so that no update can be made to fit the rotation."""
+    return digest("rotation", parameters.to_bytes())
 
 
 def _slot_grids(parameters: SessionParameters) -> list[Grid]:

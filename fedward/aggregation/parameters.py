@@ -56,6 +56,8 @@ class SessionParameters:
             update; 0 where the guarantee stands without one.
         deadline: Seconds that one exchange may take, 1 to 2^31 - 1.
         weights: How updates are weighed: all alike.
+        rotated: Whether updates are rotated before they are rounded
+            (:mod:`fedward.aggregation.rotation`); 16-bit words need it.
     """
 
     attempt: Attempt
@@ -70,6 +72,7 @@ class SessionParameters:
     noise: float = 0.0
     deadline: int = 3600
     weights: Literal["uniform"] = "uniform"
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -120,6 +123,7 @@ class SessionParameters:
             "clip": float(self.grid.clip).hex(),
             "sites": self.grid.sites,
             "weights": self.weights,
+            "rotated": int(self.rotated),
             "slots": [[slot.name, float(slot.clip).hex()] for slot in self.slots],
             "colluders": self.colluders,
             "dropouts": self.dropouts,
@@ -187,6 +191,7 @@ def _build(fields: Mapping[str, Any]) -> SessionParameters:
         noise=float.fromhex(fields["noise"]),
         deadline=fields["deadline"],
         weights=fields["weights"],
+        rotated=bool(fields["rotated"]),
     )
 
 

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent / "vectors"
 PARAMETERS = (
     '{"attempt":1,"bits":30,"clip":"0x1.0000000000000p+0","colluders":0,"deadline":3600,'
     '"dropouts":0,"gamma":"0x1.0000000800000p-29","minimum":3,"noise":"0x0.0p+0",'
-    '"proto":"secagg/1","roster_hash":"%s","round":1,"run":"vectors","session":1,"sites":3,'
+    '"proto":"secagg/1","roster_hash":"%s","rotated":0,"round":1,"run":"vectors","session":1,"sites":3,'
     '"slots":[],"task_hash":"%s","weights":"uniform","word_bits":32,"words":5}'
 )
 

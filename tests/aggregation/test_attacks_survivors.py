@@ -53,6 +53,23 @@ def test_survivors_shrunk_below_the_quorum():
     refused(rig, "R3", wire.encode_survivors(headers_of(rig)[:4]), match="U3 has 4 sites")
 
 
+def test_a_survivor_set_shown_differently_to_one():
+    """The victim alone is told that site 7 is dead: its vote and the others' do not meet."""
+    rig = make_rig(7)
+    headers = headers_of(rig)
+    vote = deliver(rig, "R3", wire.encode_survivors(headers[:6]))
+    messages = rig.tally.close_masked()
+    with pytest.raises(SiteFault, match="site 1: its R3 signature"):
+        rig.tally.add_consistency(VICTIM, vote)
+    del messages[VICTIM]
+    rig.exchange("R3", messages)
+    certificates = rig.tally.close_consistency()
+    refused(rig, "R4", certificates[VICTIM], match="site 2: its R3 signature")
+    del certificates[VICTIM]
+    rig.exchange("R4", certificates)
+    assert np.array_equal(rig.tally.result().words, rig.plain_sum(rig.sites))
+
+
 def test_a_second_survivor_set():
     """Two valid sets, one after the other, would open their difference."""
     rig = make_rig(7)

@@ -10,6 +10,7 @@ import pytest
 from fedward.aggregation.fixed_point import Grid
 from fedward.aggregation.packing import pack, unpack
 from fedward.aggregation.parameters import Slot
+from fedward.aggregation.rotation import rotated_grid
 from fedward.aggregation.transcript import task_hash
 from fedward.errors import ProtocolError
 from fedward.privacy.noise import SecureStream
@@ -46,6 +47,16 @@ def test_sixteen_bit_words():
     result = rig.run()
     expected = sum(update.astype(np.float64) for update in updates.values())
     np.testing.assert_allclose(result.mean * 4, expected, atol=4 * rig.parameters.grid.gamma)
+
+
+def test_sixteen_bit_words_rotated():
+    grid = rotated_grid(1.0, 1000, sites=4)
+    rig, updates = packed_rig(grid=grid, rotated=True)
+    result = rig.run()
+    expected = sum(update.astype(np.float64) for update in updates.values())
+    allowed = 4 * grid.gamma * np.sqrt(1000)
+    assert np.linalg.norm(result.mean * 4 - expected) < allowed < 0.1 * np.linalg.norm(expected)
+    assert result.slots["loss"] == pytest.approx(1.0, abs=0.01)
 
 
 def test_the_transcript_binds_the_sum():
