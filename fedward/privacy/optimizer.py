@@ -113,7 +113,8 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         squares = [g.pow(2).sum(1).to(device) for g in gradients.values()]
         norms = torch.stack(squares).sum(0).sqrt()
         finite = torch.isfinite(norms)
-        factors = torch.where(finite, self.max_grad_norm / (norms + 1e-6), 0.0).clamp(max=1.0)
+        longer = finite & (norms > self.max_grad_norm)
+        factors = torch.where(longer, self.max_grad_norm / norms, finite.to(norms.dtype))
         for parameter, gradient in gradients.items():
             # A factor of 0 alone does not do: 0 * inf is NaN, for every unit's sum.
             gradient[~finite.to(gradient.device)] = 0.0
@@ -123,7 +124,7 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
             parameter.grad_sample = None
         self.units += len(norms)
         self.non_finite += int((~finite).sum())
-        self.clipped += int((norms[finite] > self.max_grad_norm).sum())
+        self.clipped += int(longer.sum())
 
     def add_noise(self) -> None:
         """Put the noised sums into ``grad``; the noise comes from the cryptographic stream."""

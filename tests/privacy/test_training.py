@@ -1,9 +1,7 @@
-import copy
 import dataclasses
 import math
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor
@@ -11,47 +9,13 @@ from torch import Tensor
 from fedward.errors import InvalidValue, ModelError, UncoveredParameters
 from fedward.privacy.noise import SecureStream
 from fedward.privacy.optimizer import Mechanism
-from fedward.privacy.training import TrainingFacts, draw, physical_batches, train_steps
+from fedward.privacy.training import draw, physical_batches, train_steps
 from tests.privacy import tiny
 
 # peft 0.21 asks transformers 5 by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-KEY = bytes(32)
-UNITS = [[0], [1, 2], [3, 4, 5], [6], [7, 8]]
-EVERYBODY = Mechanism(
-    sampling_rate=1.0, normaliser=1.0, clip=0.5, noise_multiplier=0.0, records_per_unit=3
-)
-
-
-def lora(model: Any, **changes: Any) -> Any:
-    given: dict[str, Any] = {
-        "r": 4,
-        "target_modules": "all-linear",
-        "init_lora_weights": False,
-    } | changes
-    torch.manual_seed(2)
-    return peft.get_peft_model(model, peft.LoraConfig(**given))
-
-
-def checkpointed(model: Any, how: str) -> Any:
-    if how != "none":
-        model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": how == "reentrant"})
-    return model
-
-
-def released(
-    model: Any, loss: Any, mechanism: Mechanism = EVERYBODY, units: Any = UNITS, **options: Any
-) -> tuple[dict[str, Tensor], TrainingFacts]:
-    """What one step moves along, read off a plain SGD step of size 1."""
-    model = copy.deepcopy(model)
-    before = {name: p.detach().clone() for name, p in tiny.trainable(model).items()}
-    optimizer = torch.optim.SGD(list(tiny.trainable(model).values()), lr=1.0)
-    facts = train_steps(
-        model, units, loss, optimizer, mechanism, steps=1, stream=SecureStream(KEY), **options
-    )
-    return {n: before[n] - p.detach() for n, p in tiny.trainable(model).items()}, facts
+KEY, UNITS, EVERYBODY = tiny.KEY, tiny.UNITS, tiny.EVERYBODY
 
 
 def reference(model: Any, loss: Any, clip: float = 0.5, units: Any = UNITS) -> dict[str, Tensor]:
@@ -61,7 +25,7 @@ def reference(model: Any, loss: Any, clip: float = 0.5, units: Any = UNITS) -> d
 def assert_exact(model: Any, tolerance: float = 3e-6) -> None:
     loss = tiny.losses(tiny.records(9))
     for physical_batch in (3, 32):
-        found, facts = released(model, loss, physical_batch=physical_batch)
+        found, facts = tiny.released(model, loss, physical_batch=physical_batch)
         assert facts.single_pass
         assert facts.clipped > 0.5, "a test where nothing is clipped proves nothing"
         expected = reference(model, loss)
@@ -73,23 +37,23 @@ def assert_exact(model: Any, tolerance: float = 3e-6) -> None:
 @pytest.mark.parametrize("how", ["none", "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
 def test_lora_is_exact(family, how):
-    assert_exact(checkpointed(lora(tiny.causal(family)), how))
+    assert_exact(tiny.checkpointed(tiny.lora(tiny.causal(family)), how))
 
 
 @pytest.mark.parametrize("how", ["none", "reentrant", "non-reentrant"])
 def test_qlora_is_exact(how):
-    assert_exact(checkpointed(lora(tiny.quantized(tiny.causal("Llama"), "nf4")), how))
+    assert_exact(tiny.checkpointed(tiny.lora(tiny.quantized(tiny.causal("Llama"), "nf4")), how))
 
 
 @pytest.mark.parametrize("base", ["none", "nf4"])
 def test_a_head_beside_lora_is_exact(base):
     model = tiny.classifier()
     model = model if base == "none" else tiny.quantized(model, base)
-    assert_exact(lora(model, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    assert_exact(tiny.lora(model, target_modules=["query", "value"], task_type="SEQ_CLS"))
 
 
 def test_the_model_comes_back_as_it_was():
-    model = lora(tiny.causal("Llama")).eval()
+    model = tiny.lora(tiny.causal("Llama")).eval()
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     optimizer = torch.optim.AdamW(list(tiny.trainable(model).values()))
     loss = tiny.losses(tiny.records(9))
@@ -108,13 +72,13 @@ def test_the_model_comes_back_as_it_was():
 
 
 def test_an_error_gives_the_model_back_too():
-    model = lora(tiny.causal("Llama"))
+    model = tiny.lora(tiny.causal("Llama"))
 
     def broken(model, numbers):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        released(model, broken)
+        tiny.released(model, broken)
     optimizer = torch.optim.SGD(list(tiny.trainable(model).values()), lr=1.0)
     with pytest.raises(ZeroDivisionError):
         train_steps(model, UNITS, broken, optimizer, EVERYBODY, steps=1, stream=SecureStream(KEY))
@@ -123,14 +87,14 @@ def test_an_error_gives_the_model_back_too():
 
 
 def test_an_empty_draw_moves_along_the_noise():
-    model = lora(tiny.causal("Llama"))
+    model = tiny.lora(tiny.causal("Llama"))
     loss = tiny.losses(tiny.records(9))
     rare = Mechanism(
         sampling_rate=1e-9, normaliser=4.0, clip=0.5, noise_multiplier=3.0, records_per_unit=1
     )
     nobody: list[list[list[int]]] = [UNITS, [], [[]]]
     for units in nobody:
-        found, facts = released(model, loss, rare, units=units)
+        found, facts = tiny.released(model, loss, rare, units=units)
         assert (facts.units, facts.non_finite, facts.clipped) == (0, 0, 0.0)
         assert math.isnan(facts.loss)
         noise = torch.cat([x.flatten() for x in found.values()])
@@ -140,11 +104,11 @@ def test_an_empty_draw_moves_along_the_noise():
 
 
 def test_noise_is_added_to_the_very_sum():
-    model = lora(tiny.causal("Llama"))
+    model = tiny.lora(tiny.causal("Llama"))
     loss = tiny.losses(tiny.records(9))
     noisy = dataclasses.replace(EVERYBODY, noise_multiplier=2.0)
-    quiet, _ = released(model, loss)
-    found, _ = released(model, loss, noisy)
+    quiet, _ = tiny.released(model, loss)
+    found, _ = tiny.released(model, loss, noisy)
     noise = torch.cat([(found[n] - quiet[n]).flatten() for n in found]) / (2.0 * 0.5)
     stream = SecureStream(KEY)
     stream.uniform(len(UNITS))
@@ -155,15 +119,15 @@ def test_noise_is_added_to_the_very_sum():
 
 
 def test_the_normaliser_divides_whatever_was_drawn():
-    model = lora(tiny.causal("Llama"))
+    model = tiny.lora(tiny.causal("Llama"))
     loss = tiny.losses(tiny.records(9))
-    one, _ = released(model, loss)
-    tenth, _ = released(model, loss, dataclasses.replace(EVERYBODY, normaliser=10.0))
+    one, _ = tiny.released(model, loss)
+    tenth, _ = tiny.released(model, loss, dataclasses.replace(EVERYBODY, normaliser=10.0))
     assert tiny.distance(one, {n: 10 * x for n, x in tenth.items()}) < 1e-5
 
 
 def test_a_unit_with_an_infinite_loss_counts_as_zero():
-    model = lora(tiny.causal("Llama"))
+    model = tiny.lora(tiny.causal("Llama"))
     ids = tiny.records(9)
     usual = tiny.losses(ids)
 
@@ -172,7 +136,7 @@ def test_a_unit_with_an_infinite_loss_counts_as_zero():
         return usual(model, numbers) * bad
 
     for physical_batch in (3, 32):
-        found, facts = released(model, loss, physical_batch=physical_batch)
+        found, facts = tiny.released(model, loss, physical_batch=physical_batch)
         assert (facts.units, facts.non_finite) == (5, 1)
         assert math.isfinite(facts.loss)
         expected = reference(model, usual, units=[unit for unit in UNITS if 4 not in unit])
@@ -187,7 +151,7 @@ def test_nothing_finite_at_all_is_an_error():
         return tiny.losses(tiny.records(9))(model, numbers) * math.nan
 
     with pytest.raises(ModelError, match="no unit had a finite gradient"):
-        released(lora(tiny.causal("Llama")), loss)
+        tiny.released(tiny.lora(tiny.causal("Llama")), loss)
 
 
 def test_no_more_records_than_allowed_and_each_once():
@@ -230,14 +194,14 @@ def test_physical_batches_keep_units_whole():
 
 def test_a_physical_batch_too_small_for_one_unit_is_refused():
     with pytest.raises(InvalidValue, match="at least records_per_unit = 3"):
-        released(lora(tiny.causal("Llama")), None, physical_batch=2)
+        tiny.released(tiny.lora(tiny.causal("Llama")), None, physical_batch=2)
 
 
 def test_without_clip_and_noise_it_is_plain_training():
-    model = lora(tiny.causal("Llama"))
+    model = tiny.lora(tiny.causal("Llama"))
     loss = tiny.losses(tiny.records(9))
     plain = dataclasses.replace(EVERYBODY, clip=math.inf)
-    found, facts = released(model, loss, plain)
+    found, facts = tiny.released(model, loss, plain)
     assert facts.clipped == 0.0
     assert tiny.distance(reference(model, loss, clip=math.inf), found) < 3e-6
 
@@ -245,11 +209,13 @@ def test_without_clip_and_noise_it_is_plain_training():
 def test_a_batch_mean_loss_is_refused():
     usual = tiny.losses(tiny.records(9))
     with pytest.raises(ModelError, match="one number a record"):
-        released(lora(tiny.causal("Llama")), lambda model, numbers: usual(model, numbers).mean())
+        tiny.released(
+            tiny.lora(tiny.causal("Llama")), lambda model, numbers: usual(model, numbers).mean()
+        )
 
 
 def test_the_optimizer_must_hold_exactly_the_trainable_parameters():
-    model = lora(tiny.causal("Llama"))
+    model = tiny.lora(tiny.causal("Llama"))
     loss = tiny.losses(tiny.records(9))
     some = list(tiny.trainable(model).values())
     for held in (some[1:], list(model.parameters())):

@@ -1,15 +1,21 @@
 """Tiny real models and a brute-force reference that the engine is held to."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import torch
 import transformers
 from bitsandbytes.nn.modules import Linear8bitLt, LinearNF4, Params4bit
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from fedward.privacy.noise import SecureStream
+from fedward.privacy.optimizer import Mechanism
+from fedward.privacy.training import TrainingFacts, train_steps
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -19,6 +25,18 @@ SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "max_position_embeddings": 32,
 }
+KEY = bytes(32)
+UNITS = [[0], [1, 2], [3, 4, 5], [6], [7, 8]]
+EVERYBODY = Mechanism(
+    sampling_rate=1.0, normaliser=1.0, clip=0.5, noise_multiplier=0.0, records_per_unit=3
+)
+
+
+def mechanism(**changes: Any) -> Mechanism:
+    """:data:`EVERYBODY` with changes."""
+    return dataclasses.replace(EVERYBODY, **changes)
+
+
 PAD = 0
 LENGTH = 7
 
@@ -31,10 +49,15 @@ def causal(family: str, **changes: Any) -> nn.Module:
         sizes |= {"n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
         sizes = SIZES | {"num_key_value_heads": 2}
-    config = getattr(transformers, f"{family}Config")(
-        **sizes | {"tie_word_embeddings": False, "pad_token_id": PAD} | changes
-    )
-    model: nn.Module = getattr(transformers, f"{family}ForCausalLM")(config)
+    quiet = {
+        "tie_word_embeddings": False,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = getattr(transformers, f"{family}Config")(**sizes | quiet | changes)
+    head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    model: nn.Module = getattr(transformers, family + head)(config)
     return model
 
 
@@ -65,6 +88,45 @@ def quantized(model: nn.Module, kind: str) -> nn.Module:
                 new.bias = nn.Parameter(layer.bias.data.clone())
             setattr(parent, name, new.to("cpu"))
     return model
+
+
+def lora(model: Any, **changes: Any) -> Any:
+    """The model with LoRA of rank 4 whose B is not zero, so that A has gradients."""
+    given: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    torch.manual_seed(2)
+    return peft.get_peft_model(model, peft.LoraConfig(**given | changes))
+
+
+def checkpointed(model: Any, how: str) -> Any:
+    """The model with ``reentrant``, ``non-reentrant`` or no gradient checkpointing."""
+    if how != "none":
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    return model
+
+
+def released(
+    model: Any,
+    loss: Any,
+    mechanism: Mechanism = EVERYBODY,
+    units: Any = UNITS,
+    **options: Any,
+) -> tuple[dict[str, Tensor], TrainingFacts]:
+    """What one step of a copy of the model moves along, by parameter."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(list(trainable(model).values()), lr=1.0)
+    found: dict[str, Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        for name, parameter in trainable(model).items():
+            assert parameter.grad is not None
+            found[name] = parameter.grad.clone()
+
+    optimizer.register_step_pre_hook(keep)
+    facts = train_steps(
+        model, units, loss, optimizer, mechanism, steps=1, stream=SecureStream(KEY), **options
+    )
+    return found, facts
 
 
 def records(n: int, *, seed: int = 0) -> Tensor:
