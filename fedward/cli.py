@@ -82,7 +82,8 @@ def simulate(
     Every site trains with differential privacy; only the secure sum of updates reaches the
     coordinator. Interrupt at any time and go on with --resume.
     """
-    from fedward.simulations.simulate import Options, run_simulation  # heavy: torch and Flower
+    from fedward.simulations.case import Options  # heavy: torch and Flower
+    from fedward.simulations.simulate import run_simulation
 
     console = Console(stderr=json_output, quiet=json_output)
     options = Options(

@@ -59,10 +59,14 @@ def metric_slots(
     if event is None or plan.metrics is None:
         return np.zeros(0)
     total = np.zeros(3)
-    bound = plan.metrics.loss_bound
-    for unit in units if metrics else ():
-        loss = float(np.mean(metrics.losses[list(unit)])) / bound
-        loss = min(max(loss, 0.0), 1.0) if math.isfinite(loss) else 1.0
-        right = 0.0 if metrics.correct is None else float(np.mean(metrics.correct[list(unit)]))
-        total += (loss, right, 1.0)
+    if metrics is not None:
+        for unit in units:
+            total += _unit_vector(metrics, list(unit), plan.metrics.loss_bound)
     return total + stream.normal(3) * (math.sqrt(3.0) * event.noise_multiplier)
+
+
+def _unit_vector(metrics: Metrics, unit: list[int], bound: float) -> tuple[float, float, float]:
+    """One unit's part of the sum: three numbers from 0 to 1."""
+    loss = float(np.mean(metrics.losses[unit])) / bound
+    loss = min(max(loss, 0.0), 1.0) if math.isfinite(loss) else 1.0
+    return loss, 0.0 if metrics.correct is None else float(np.mean(metrics.correct[unit])), 1.0

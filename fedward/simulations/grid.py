@@ -30,6 +30,10 @@ class Fault(Protocol):
         ...
 
 
+Watch = Callable[[Message], None]
+"""Sees every message and every reply on its way, before the receiver does."""
+
+
 class LocalGrid(Grid):
     """Delivers messages to in-process sites and keeps their replies.
 
@@ -37,6 +41,7 @@ class LocalGrid(Grid):
         sites: Node id → factory of the site's ClientApp, called on first use and after a kill.
         workers: Sites that may work at the same time; 1 is deterministic and shares one model.
         fault: Kills sites; None kills nobody.
+        watch: Sees everything that crosses; None watches nothing.
     """
 
     def __init__(
@@ -45,9 +50,11 @@ class LocalGrid(Grid):
         *,
         workers: int = 1,
         fault: Fault | None = None,
+        watch: Watch | None = None,
     ) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self._factories, self._fault = dict(sites), fault
+        self._watch: Watch = watch or (lambda _: None)
         self._apps: dict[int, ClientApp] = {}
         self._contexts = {node: _context(node) for node in sites}
         self._dead: set[int] = set()
@@ -55,8 +62,7 @@ class LocalGrid(Grid):
         self._replies: dict[str, Future[Message]] = {}
         self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="site")
         self._run = Run.create_empty(run_id=1)
-        self.bytes_up: dict[int, int] = dict.fromkeys(sites, 0)
-        """Bytes of content that each node has sent."""
+        self._bytes_up: dict[int, int] = dict.fromkeys(sites, 0)
 
     def kill(self, node: int) -> None:
         """Let a site lose its memory and answer nothing until it is revived."""
@@ -66,6 +72,11 @@ class LocalGrid(Grid):
     def revive(self, node: int) -> None:
         """Start a killed site again from what it kept on disk."""
         self._dead.discard(node)
+
+    def take_bytes_up(self, node: int) -> int:
+        """Bytes of content that a node has sent since this was last asked."""
+        sent, self._bytes_up[node] = self._bytes_up[node], 0
+        return sent
 
     def close(self) -> None:
         """Stop the workers."""
@@ -128,15 +139,15 @@ class LocalGrid(Grid):
         if node not in self._apps:
             self._apps[node] = self._factories[node]()
         copy = make_message(deepcopy(message.metadata), content=deepcopy(message.content))
+        self._watch(copy)
         reply = self._apps[node](message=copy, context=self._contexts[node])
-        self.bytes_up[node] += _size(reply.content) if reply.has_content() else 0
+        self._watch(reply)
+        self._bytes_up[node] += _size(reply.content) if reply.has_content() else 0
         return reply
 
 
 def _context(node: int) -> Context:
-    return Context(
-        run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={}
-    )
+    return Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
 
 
 def _size(content: RecordDict) -> int:
@@ -144,4 +155,3 @@ def _size(content: RecordDict) -> int:
     arrays = sum(len(a.data) for r in content.array_records.values() for a in r.values())
     configs = content.config_records.values()
     return arrays + sum(len(v) for c in configs for v in c.values() if isinstance(v, bytes))
-

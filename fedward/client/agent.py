@@ -1,0 +1,296 @@
+"""The half of a site that talks: signatures, policy, reservation, session; it never sees a record.
+
+For each letter of the coordinator the agent gives one signed answer. What must survive a crash is
+durable before the answer leaves: the reservation before training, the mark "sent" before the masked
+update, the signed survivor set before its signature. The same letter again gets the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import RecordDict
+
+from fedward.aggregation.fixed_point import clip_update
+from fedward.aggregation.masks import Words
+from fedward.aggregation.packing import pack, unpack
+from fedward.aggregation.parameters import Limits, SessionParameters
+from fedward.aggregation.planned import planned_session
+from fedward.aggregation.schemes import next_vector
+from fedward.aggregation.site_session import SiteSession
+from fedward.aggregation.transcript import Outcome, task_hash
+from fedward.attempt import Attempt
+from fedward.client.memory import SiteMemory
+from fedward.client.metric_slots import metric_event
+from fedward.client.policy import Policy
+from fedward.client.trainer import Trainer, TrainRequest, TrainResult, training_event
+from fedward.errors import (
+    BudgetExceeded,
+    ConfigurationError,
+    DataError,
+    FedwardError,
+    IdentityError,
+    LedgerError,
+    ModelError,
+    PolicyRefusal,
+    ProtocolError,
+    SiteCode,
+)
+from fedward.identity import Identity, Roster
+from fedward.messages import Letter, open_letter, seal_letter
+from fedward.plan import Plan, from_json
+from fedward.privacy.ledger import Ledger
+from fedward.privacy.noise import SecureStream
+from fedward.tuning.vector import Layout, layout_from_bytes, replace_vector, vector_of
+
+_LOG = logging.getLogger(__name__)
+
+_CODES: dict[type[Exception], SiteCode] = {
+    ConfigurationError: SiteCode.REFUSED_PLAN,
+    PolicyRefusal: SiteCode.REFUSED_POLICY,
+    BudgetExceeded: SiteCode.REFUSED_BUDGET,
+    LedgerError: SiteCode.REFUSED_BUDGET,
+    DataError: SiteCode.DATA_UNUSABLE,
+    ModelError: SiteCode.TRAINING_FAILED,
+    ProtocolError: SiteCode.PROTOCOL_ABORTED,
+    IdentityError: SiteCode.PROTOCOL_ABORTED,
+}
+"""What the coordinator is told of an error: a code, never its text."""
+
+_LIBRARY_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What libraries below the trainer raise; everything else is a bug and stops the site."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What the agent holds between the letters of one session; lost in a crash, by design."""
+
+    attempt: Attempt
+    plan: Plan
+    draw: int
+    result: TrainResult
+    expected: SessionParameters
+    session: SiteSession
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """The adapter of the last task, and what its session ended in if this site was in it."""
+
+    attempt: Attempt
+    adapter: bytes
+    outcome: Outcome | None = None
+
+
+class Agent:
+    """One site's agent.
+
+    Args:
+        site: The site's roster id.
+        identity: The site's key, the one the roster names.
+        roster: The pinned roster.
+        policy: The site's own limits.
+        ledger: The site's privacy ledger.
+        memory: What the site must remember about sessions.
+        trainer: The process that holds data and model.
+        key: 32 secret bytes from which rounding derives; only tests and simulations fix it.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: int,
+        identity: Identity,
+        roster: Roster,
+        policy: Policy,
+        ledger: Ledger,
+        memory: SiteMemory,
+        trainer: Trainer,
+        key: bytes | None = None,
+    ) -> None:
+        if roster.key(site) != identity.public_key:
+            raise IdentityError(f"the key of site {site} is not the one in the roster")
+        self._site, self._identity, self._roster = site, identity, roster
+        self._policy, self._ledger, self._memory = policy, ledger, memory
+        self._trainer, self._secret = trainer, SecureStream(key)
+        self._work: _Work | None = None
+        self._model: _Model | None = None
+        self._answers: dict[str, tuple[bytes, RecordDict]] = {}
+
+    def answer(self, records: RecordDict) -> RecordDict:
+        """Answer one letter of the coordinator.
+
+        Args:
+            records: The content of a Flower message.
+
+        Returns:
+            The content of the reply: a signed letter with a code and, on success, its parts.
+
+        Raises:
+            IdentityError: The letter is not the coordinator's, or not for this site.
+        """
+        letter = open_letter(records, self._roster.coordinator, "coordinator")
+        if letter.site != self._site:
+            raise IdentityError(f"a letter for site {letter.site} came to site {self._site}")
+        asked = hashlib.sha256(letter.header()).digest()
+        known = self._answers.get(letter.action)
+        if known is not None and known[0] == asked:
+            return known[1]
+        code, parts = self._act(letter)
+        reply = Letter(
+            action=letter.action, attempt=letter.attempt, site=self._site, code=code, parts=parts
+        )
+        sealed = seal_letter(reply, self._identity, "site")
+        if code in {SiteCode.READY, SiteCode.DONE}:
+            self._answers[letter.action] = (asked, sealed)
+        return sealed
+
+    def _act(self, letter: Letter) -> tuple[SiteCode, Mapping[str, bytes]]:
+        """Do what a letter asks; an error becomes a code, its text stays in the site's log."""
+        try:
+            if letter.action == "task":
+                return self._task(letter), {}
+            if letter.action == "evaluate":
+                return self._evaluate(letter), {}
+            return SiteCode.DONE, self._exchange(letter)
+        except FedwardError as error:
+            code = next((c for kind, c in _CODES.items() if isinstance(error, kind)), None)
+            _LOG.warning("round %d: %s: %s", letter.attempt.round, letter.action, error)
+            return code or SiteCode.INTERNAL, {}
+        except _LIBRARY_ERRORS as error:
+            # Half of all library messages quote the record that they choke on.
+            _LOG.warning("round %d: %s", letter.attempt.round, type(error).__name__)
+            return SiteCode.TRAINING_FAILED, {}
+
+    def _task(self, letter: Letter) -> SiteCode:
+        """Check the task, reserve its cost, train; the update waits here for its session."""
+        attempt, plan = letter.attempt, from_json(letter.part("plan"))
+        adapter, layout = letter.part("adapter"), layout_from_bytes(letter.part("layout"))
+        newest = self._memory.newest(attempt.run)
+        if newest is not None and attempt.order <= newest:
+            return SiteCode.REFUSED_STALE
+        self._policy.check(plan)
+        self._check_adapter(letter, plan, layout)
+        self._ledger.open_run(
+            attempt.run,
+            plan.hash(),
+            training_event(plan),
+            plan.rounds.count + plan.rounds.spare,
+            metrics=metric_event(plan),
+        )
+        draw = self._ledger.spent_in(attempt)
+        self._ledger.reserve(attempt)
+        request = TrainRequest(
+            plan=plan, attempt=attempt, draw=draw, adapter=adapter, layout=layout
+        )
+        result = self._held(request) or self._trainer.train(request)
+        expected = planned_session(
+            plan,
+            self._roster,
+            attempt,
+            task_hash=task_hash(adapter, plan.hash(), plan.aggregation.scheme),
+            dimension=len(result.update),
+        )
+        session = SiteSession(
+            identity=self._identity,
+            site=self._site,
+            roster=self._roster,
+            limits=Limits(
+                colluders=self._policy.colluders,
+                minimum=self._policy.minimum,
+                sites=len(self._roster.members),
+            ),
+            memory=self._memory,
+            expected=expected,
+        )
+        self._work = _Work(
+            attempt=attempt,
+            plan=plan,
+            draw=draw,
+            result=result,
+            expected=expected,
+            session=session,
+        )
+        self._model = _Model(attempt=attempt, adapter=adapter)
+        self._answers.clear()
+        return SiteCode.READY
+
+    def _held(self, request: TrainRequest) -> TrainResult | None:
+        """The update of an aborted attempt at the same session, if nothing of it has left."""
+        work, now = self._work, request.attempt
+        if work is None:
+            return None
+        then = work.attempt
+        same = (then.run, then.round, then.session) == (now.run, now.round, now.session)
+        return work.result if same and work.draw == request.draw else None
+
+    def _check_adapter(self, letter: Letter, plan: Plan, layout: Layout) -> None:
+        """Recompute this round's adapter from the last one and the published sum (DESIGN §3.7).
+
+        A coordinator that hands out other weights than the rule gives is refused. A site that
+        missed the round before has nothing to recompute from and relies on the task hash, which
+        binds all sites of a session to the same adapter.
+        """
+        attempt, adapter, last = letter.attempt, letter.part("adapter"), self._model
+        if last is None or last.attempt.run != attempt.run:
+            return
+        if last.attempt.round == attempt.round and last.adapter != adapter:
+            raise ProtocolError("the adapter changed between two attempts at one round")
+        if last.attempt.round != attempt.round - 1:
+            return
+        cohort = tuple(json.loads(letter.part("cohort")))
+        if last.outcome is not None and last.outcome.survivors != cohort:
+            raise ProtocolError("the published cohort is not the one this site signed")
+        if len(cohort) < plan.cohort.minimum or not set(cohort) <= self._roster_ids():
+            raise ProtocolError("the published cohort is too small or not from the roster")
+        start = vector_of(last.adapter, layout)
+        parameters = planned_session(
+            plan, self._roster, last.attempt, task_hash=bytes(32), dimension=len(start)
+        )
+        words = np.frombuffer(letter.part("sum"), dtype=parameters.grid.dtype)
+        total, _ = unpack(words, parameters)
+        expected = replace_vector(last.adapter, layout, next_vector(start, total / len(cohort)))
+        if expected != adapter:
+            raise ProtocolError("the adapter is not what the published sum gives")
+
+    def _roster_ids(self) -> set[int]:
+        return {member.id for member in self._roster.members}
+
+    def _exchange(self, letter: Letter) -> Mapping[str, bytes]:
+        """One exchange of the session that the last task opened."""
+        work, message = self._work, letter.part("message")
+        if work is None or work.attempt != letter.attempt:
+            raise ProtocolError("no session is open for this attempt: it needs a task first")
+        session = work.session
+        if letter.action == "masked":
+            header, words = session.masked(message, self._words(work))
+            return {"message": header, "words": words.tobytes()}
+        if letter.action == "unmask":
+            released = session.unmask(message)
+            if self._model is not None:
+                self._model = dataclasses.replace(self._model, outcome=session.outcome)
+            return {"message": released}
+        steps = {
+            "hello": session.hello,
+            "shares": session.shares,
+            "consistency": session.consistency,
+        }
+        return {"message": steps[letter.action](message)}
+
+    def _words(self, work: _Work) -> Words:
+        """The update on the grid: clipped as a whole, rounded by the site's own secret stream."""
+        update = clip_update(work.result.update, work.plan.aggregation.update_clip)
+        stream = self._secret.child("rounding", work.attempt.run, f"{work.attempt.order}")
+        return pack(update, work.result.slots, work.expected, stream)
+
+    def _evaluate(self, letter: Letter) -> SiteCode:
+        """Evaluate an adapter for the site itself; only the code leaves."""
+        plan = from_json(letter.part("plan"))
+        self._policy.check(plan)
+        metrics = self._trainer.evaluate(plan, letter.part("adapter"))
+        _LOG.info("round %d: loss %.4f on own held-out records", letter.attempt.round, metrics.loss)
+        return SiteCode.DONE

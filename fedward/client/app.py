@@ -1,0 +1,32 @@
+"""The site's Flower ClientApp: every message type is a letter for the agent."""
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedward.client.agent import Agent
+from fedward.errors import IdentityError, SiteCode
+from fedward.messages import SESSION_ACTIONS
+
+
+def client_app(agent: Agent) -> ClientApp:
+    """Make the ClientApp of one site.
+
+    Its handlers are ``train`` (the task), ``train.hello`` … ``train.unmask`` (the session) and
+    ``evaluate``. A message whose signature does not hold gets a Flower error with a fixed text,
+    because its sender is unknown; nothing that a library says about an error ever leaves.
+    """
+    app = ClientApp()
+
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return Message(agent.answer(message.content), reply_to=message)
+        except IdentityError:
+            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, SiteCode.REFUSED_SIGNATURE.value)
+            return Message(error, reply_to=message)
+
+    app.train()(handle)
+    app.evaluate()(handle)
+    for action in SESSION_ACTIONS:
+        app.train(action)(handle)
+    return app

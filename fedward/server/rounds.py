@@ -1,0 +1,331 @@
+"""The round engine: opens rounds, runs sessions over a Flower ``Grid``, commits the next adapter.
+
+Every transition is an event in the store before the engine goes on, so a run can be killed
+anywhere: the next start folds the events, repeats at most the open round as a new attempt, and
+never asks for a committed round again.
+
+A round: task (train and reserve) → hello → shares → masked → consistency → unmask → commit. A site
+that is late, silent or wrong is left out and recorded; too few sites end the attempt.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedward.aggregation.masks import Words
+from fedward.aggregation.planned import planned_session
+from fedward.aggregation.schemes import next_vector
+from fedward.aggregation.tally import SumResult, Tally
+from fedward.aggregation.transcript import task_hash
+from fedward.attempt import Attempt
+from fedward.canonical import Json, canonical_json
+from fedward.errors import (
+    CohortTooSmall,
+    IdentityError,
+    ProtocolError,
+    RoundError,
+    SiteCode,
+)
+from fedward.identity import Identity, Roster
+from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letter
+from fedward.plan import Plan
+from fedward.server.store import EVERYBODY, Phase, RunStore
+from fedward.tuning.vector import (
+    Layout,
+    dimension,
+    layout_to_bytes,
+    replace_vector,
+    vector_of,
+)
+
+Observer = Callable[[Attempt, Phase, int, Json], None]
+"""Told of every event after it is durable: attempt, phase, site (or EVERYBODY), facts."""
+
+_EXTRA_ATTEMPTS = 3
+"""Attempts at one round in one go beyond the plan's spare rounds, for those that cost nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Where a run stands between rounds.
+
+    Args:
+        committed: Rounds that are complete.
+        adapter: The adapter's whole state, safetensors bytes.
+        previous: Parts of the next task that let sites recompute this adapter; empty at first.
+        attempts: Attempts that the open round has seen.
+    """
+
+    committed: int
+    adapter: bytes
+    previous: Mapping[str, bytes]
+    attempts: int
+
+
+class RoundEngine:
+    """Executes one run.
+
+    Args:
+        plan: The frozen plan.
+        run: The run's name.
+        identity: The coordinator's key, the one the roster names.
+        roster: The member sites.
+        nodes: Site id → Flower node id.
+        store: Where events and blobs are kept.
+        start: The adapter's first state.
+        layout: Names and shapes of the trainable tensors, in the order of an update.
+        observer: Told of every event.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        run: str,
+        identity: Identity,
+        roster: Roster,
+        nodes: Mapping[int, int],
+        store: RunStore,
+        start: bytes,
+        layout: Layout,
+        observer: Observer = lambda *_: None,
+    ) -> None:
+        if identity.public_key != roster.coordinator:
+            raise IdentityError("the coordinator's key is not the one in the roster")
+        self._plan, self._run, self._identity = plan, run, identity
+        self._roster, self._nodes, self._store = roster, dict(nodes), store
+        self._start, self._layout, self._observer = start, layout, observer
+
+    def run(self, grid: Grid) -> bytes:
+        """Run every round that is not committed yet; returns the final adapter.
+
+        Raises:
+            CohortTooSmall: Fewer sites than the minimum can take part.
+            RoundError: A round failed in every attempt, or the store belongs to another plan.
+        """
+        state = self._fold()
+        while state.committed < self._plan.rounds.count:
+            self._round(grid, state)
+            state = self._fold()
+        return state.adapter
+
+    @property
+    def adapter(self) -> bytes:
+        """The adapter after the last committed round."""
+        return self._fold().adapter
+
+    def _fold(self) -> State:
+        """Replay the events into the state between rounds."""
+        committed, attempts = 0, 0
+        adapter, previous = self._start, dict[str, bytes]()
+        for event in self._store.events(self._run):
+            facts = json.loads(event.payload)
+            if event.phase is Phase.STARTED:
+                attempts = event.attempt.attempt
+                if facts["plan"] != self._plan.hash().hex():
+                    raise RoundError(
+                        f"run {self._run!r} was started with another plan "
+                        f"({facts['plan'][:12]}): give it that plan, or start a new run"
+                    )
+            elif event.phase is Phase.COMMITTED:
+                committed, attempts = event.attempt.round, 0
+                adapter = self._store.blob(facts["adapter"])
+                previous = {
+                    "sum": self._store.blob(facts["sum"]),
+                    "cohort": canonical_json(facts["cohort"]),
+                }
+        return State(committed=committed, adapter=adapter, previous=previous, attempts=attempts)
+
+    def _round(self, grid: Grid, state: State) -> None:
+        """Try a round until it is committed."""
+        last = state.attempts + self._plan.rounds.spare + _EXTRA_ATTEMPTS
+        for number in range(state.attempts + 1, last + 1):
+            attempt = Attempt(run=self._run, round=state.committed + 1, attempt=number)
+            self._record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
+            try:
+                result = self._session(grid, attempt, state)
+            except (ProtocolError, CohortTooSmall) as error:
+                self._record(attempt, Phase.ABORTED, {"reason": str(error)})
+                if isinstance(error, _NoHope):
+                    raise CohortTooSmall(str(error)) from error
+                failure = error
+                continue
+            self._commit(attempt, state, result)
+            return
+        raise RoundError(
+            f"round {state.committed + 1} failed in {last - state.attempts} attempts; the last: "
+            f"{failure}"
+        )
+
+    def _commit(self, attempt: Attempt, state: State, result: SumResult) -> None:
+        vector = next_vector(vector_of(state.adapter, self._layout), result.mean)
+        adapter = replace_vector(state.adapter, self._layout, vector)
+        facts: Json = {
+            "adapter": self._store.put_blob(adapter),
+            "sum": self._store.put_blob(result.words.tobytes()),
+            "cohort": list(result.cohort),
+            "transcript": result.transcript.hex(),
+        }
+        self._record(attempt, Phase.COMMITTED, facts)
+
+    def _session(self, grid: Grid, attempt: Attempt, state: State) -> SumResult:
+        """One execution of the protocol, from the task to the sum."""
+        ready = self._invite(grid, attempt, state)
+        hashed = task_hash(state.adapter, self._plan.hash(), self._plan.aggregation.scheme)
+        tally = Tally(
+            parameters=planned_session(
+                self._plan,
+                self._roster,
+                attempt,
+                task_hash=hashed,
+                dimension=dimension(self._layout),
+            ),
+            roster=self._roster,
+        )
+        todo = dict.fromkeys(ready, tally.request())
+        for action, phase, add, close in (
+            ("hello", Phase.KEYS, tally.add_hello, tally.close_hellos),
+            ("shares", Phase.SHARED, tally.add_shares, tally.close_shares),
+            ("masked", Phase.MASKED, tally.add_masked, tally.close_masked),
+            ("consistency", Phase.CONSISTENT, tally.add_consistency, tally.close_consistency),
+        ):
+            self._exchange(grid, attempt, action, phase, todo, add)
+            todo = close()
+        self._exchange(grid, attempt, "unmask", Phase.UNMASKED, todo, tally.add_unmask)
+        return tally.result()
+
+    def _exchange(
+        self,
+        grid: Grid,
+        attempt: Attempt,
+        action: str,
+        phase: Phase,
+        todo: Mapping[int, bytes],
+        add: Callable[..., None],
+    ) -> None:
+        """One exchange of the session: a message to each site, every good answer to the tally."""
+        letters, _ = self._ask(grid, attempt, action, {s: {"message": m} for s, m in todo.items()})
+        for site, letter in sorted(letters.items()):
+            try:
+                if action == "masked":
+                    add(site, letter.part("message"), self._words(letter.part("words")))
+                else:
+                    add(site, letter.part("message"))
+            except (ProtocolError, IdentityError) as error:
+                self._leave_out(attempt, site, action, str(error))
+            else:
+                self._record(attempt, phase, site=site)
+
+    def _words(self, data: bytes) -> Words:
+        """The words of a masked vector, as the site sent them."""
+        word = np.dtype(f"<u{self._plan.aggregation.word_bits // 8}")
+        if len(data) % word.itemsize:
+            raise ProtocolError(f"{len(data)} bytes are not whole words")
+        return np.frombuffer(data, dtype=word)
+
+    def _invite(self, grid: Grid, attempt: Attempt, state: State) -> list[int]:
+        """Send the task to every site and return those that trained in time."""
+        parts = {
+            "plan": self._plan.to_json(),
+            "adapter": state.adapter,
+            "layout": layout_to_bytes(self._layout),
+            **state.previous,
+        }
+        todo = dict.fromkeys(self._nodes, parts)
+        self._record(attempt, Phase.INVITED, {"sites": list(todo)})
+        ready, refused = self._ask(grid, attempt, "task", todo)
+        for site in ready:
+            self._record(attempt, Phase.READY, site=site)
+        minimum = self._plan.cohort.minimum
+        if len(ready) < minimum:
+            reasons = "; ".join(f"{self._name(s)}: {why}" for s, why in sorted(refused.items()))
+            message = (
+                f"round {attempt.round}: {len(ready)} of {len(todo)} sites are ready, "
+                f"{minimum} are needed ({reasons})"
+            )
+            silent = sum(why == _SILENT for why in refused.values())
+            raise (CohortTooSmall if len(ready) + silent >= minimum else _NoHope)(message)
+        return sorted(ready)
+
+    def _ask(
+        self, grid: Grid, attempt: Attempt, action: str, todo: Mapping[int, Mapping[str, bytes]]
+    ) -> tuple[dict[int, Letter], dict[int, str]]:
+        """Send each site its parts; collect signed replies until the deadline.
+
+        Returns:
+            The letters of sites that did as asked, and for every other site why it is left out.
+        """
+        nodes = {self._nodes[site]: site for site in todo}
+        messages = [
+            grid.create_message(
+                content=seal_letter(
+                    Letter(action=action, attempt=attempt, site=site, parts=parts),
+                    self._identity,
+                    "coordinator",
+                ),
+                message_type=MESSAGE_TYPES[action],
+                dst_node_id=self._nodes[site],
+                group_id=str(attempt.round),
+            )
+            for site, parts in todo.items()
+        ]
+        accepted, refused = dict[int, Letter](), dict.fromkeys(todo, _SILENT)
+        for message in _collect(grid, messages, self._plan.rounds.deadline_seconds):
+            site = nodes.get(message.metadata.src_node_id)
+            if site is None or message.has_error():
+                continue
+            try:
+                letter = open_letter(message.content, self._roster.key(site), "site")
+            except IdentityError as error:
+                refused[site] = str(error)
+                continue
+            if (letter.site, letter.attempt, letter.action) != (site, attempt, action):
+                refused[site] = "answered another letter"
+            elif letter.code not in {SiteCode.READY, SiteCode.DONE}:
+                refused[site] = str(letter.code)
+            else:
+                accepted[site] = letter
+                del refused[site]
+        for site, reason in refused.items():
+            self._leave_out(attempt, site, action, reason)
+        return accepted, refused
+
+    def _leave_out(self, attempt: Attempt, site: int, action: str, reason: str) -> None:
+        self._record(attempt, Phase.LEFT_OUT, {"at": action, "reason": reason}, site=site)
+
+    def _record(
+        self, attempt: Attempt, phase: Phase, facts: Json = None, *, site: int = EVERYBODY
+    ) -> None:
+        self._store.record(attempt, phase, facts, site=site)
+        self._observer(attempt, phase, site, facts)
+
+    def _name(self, site: int) -> str:
+        return self._roster.member(site).name
+
+
+class _NoHope(CohortTooSmall):
+    """So many sites refuse that another attempt would fail alike."""
+
+
+def _collect(grid: Grid, messages: list[Message], seconds: float) -> list[Message]:
+    """Push messages and pull replies until all are there or the time is over."""
+    waiting = set(grid.push_messages(messages))
+    end, pause, found = time.monotonic() + seconds, 0.001, list[Message]()
+    while waiting and time.monotonic() < end:
+        replies = list(grid.pull_messages(waiting))
+        found += replies
+        waiting -= {reply.metadata.reply_to_message_id for reply in replies}
+        if waiting and not replies:
+            time.sleep(pause)
+            pause = min(pause * 1.5, _POLL_SECONDS)
+    return found
+
+
+_POLL_SECONDS = 0.5
+
+_SILENT = "no answer"

@@ -1,0 +1,119 @@
+"""How good a model is on records it never saw, and whether a difference is more than luck."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fedward.errors import DataError
+from fedward.tuning.objectives import Encoded, collate, loss_and_logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """An evaluation.
+
+    Args:
+        loss: Mean of ``losses``.
+        losses: ``(n,)`` float64, each example's own loss.
+        correct: ``(n,)`` float64 of 0 and 1 for ``classify``; None for ``sft``.
+        accuracy: Mean of ``correct``.
+        macro_f1: Mean F1 over the classes that occur, unweighted.
+    """
+
+    loss: float
+    losses: npt.NDArray[np.float64]
+    correct: npt.NDArray[np.float64] | None = None
+    accuracy: float | None = None
+    macro_f1: float | None = None
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, encoded: Encoded, *, batch_size: int = 64) -> Metrics:
+    """Evaluate without dropout; the model's mode is restored.
+
+    Args:
+        model: Gives logits.
+        encoded: At least one example.
+        batch_size: Examples at a time; examples of similar length go together.
+
+    Raises:
+        DataError: No examples.
+    """
+    count = len(encoded.examples)
+    if count == 0:
+        raise DataError("nothing to evaluate on: expected at least one held-out record")
+    losses, predicted = np.zeros(count), np.zeros(count, dtype=np.int64)
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for indices in _by_length(encoded, batch_size):
+            loss, logits = loss_and_logits(model, collate(encoded, indices, device))
+            losses[indices] = loss.double().cpu().numpy()
+            if encoded.classify:
+                predicted[indices] = logits.argmax(dim=-1).cpu().numpy()
+    finally:
+        model.train(training)
+    if not encoded.classify:
+        return Metrics(loss=float(losses.mean()), losses=losses)
+    classes = np.array([example.targets[0] for example in encoded.examples])
+    correct = (predicted == classes).astype(np.float64)
+    return Metrics(
+        loss=float(losses.mean()),
+        losses=losses,
+        correct=correct,
+        accuracy=float(correct.mean()),
+        macro_f1=_macro_f1(classes, predicted),
+    )
+
+
+def paired_interval(
+    first: npt.NDArray[np.float64],
+    second: npt.NDArray[np.float64],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> tuple[float, float, float]:
+    """Difference of means over the same examples, with its 95 % paired bootstrap interval.
+
+    Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13 (percentile).
+
+    Args:
+        first: ``(n,)`` scores of one model.
+        second: ``(n,)`` scores of another on the same examples.
+        seed: Seed of the resampling.
+        resamples: How many, at least 100 make sense.
+
+    Returns:
+        (mean of first - second, lower end, upper end).
+
+    Raises:
+        DataError: Different lengths, or none.
+    """
+    if first.shape != second.shape or first.size == 0:
+        raise DataError("a paired comparison needs scores of the same examples, at least one")
+    difference = first - second
+    generator = np.random.default_rng(seed)
+    means = [
+        difference[generator.integers(0, difference.size, difference.size)].mean()
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+def _by_length(encoded: Encoded, batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(encoded.examples)), key=lambda i: len(encoded.examples[i].tokens))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _macro_f1(classes: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> float:
+    scores = []
+    for label in np.unique(classes):
+        hits = float(((predicted == label) & (classes == label)).sum())
+        scores.append(2 * hits / float((predicted == label).sum() + (classes == label).sum()))
+    return float(np.mean(scores))

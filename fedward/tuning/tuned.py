@@ -1,0 +1,48 @@
+"""The plan's model, ready to train: the base with its tuner attached, loaded once a process."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from fedward.plan import Plan
+from fedward.tuning.adapter import adapter_state, layout, to_bytes
+from fedward.tuning.models import load_base
+from fedward.tuning.tuners import attach
+from fedward.tuning.vector import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A loaded model with its tuner.
+
+    Args:
+        model: Its adapter is whoever's used the model last: load one before every use.
+        tokenizer: The base's.
+        start: The adapter's first state, safetensors bytes; a public function of the plan.
+        layout: Names and shapes of the trainable tensors.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    start: bytes
+    layout: Layout
+
+
+@lru_cache(maxsize=2)
+def tuned_model(plan: Plan, device: str = "cpu") -> Tuned:
+    """Load the plan's base, attach its tuner and keep both for the next call.
+
+    Raises:
+        ModelError: The base cannot be loaded, or is not the one the plan names.
+        ConfigurationError: The plan's tuner does not fit the model.
+    """
+    base, tokenizer = load_base(plan.model, plan.task, device=device)
+    model = attach(base, plan)
+    return Tuned(
+        model=model,
+        tokenizer=tokenizer,
+        start=to_bytes(adapter_state(model)),
+        layout=layout(model),
+    )
