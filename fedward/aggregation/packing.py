@@ -7,6 +7,7 @@ from fedward.aggregation.fixed_point import Grid, decode, encode
 from fedward.aggregation.masks import Words
 from fedward.aggregation.parameters import SessionParameters
 from fedward.aggregation.rotation import rotate, rotate_back
+from fedward.attempt import Attempt
 from fedward.canonical import digest
 from fedward.errors import ProtocolError
 from fedward.privacy.noise import SecureStream
@@ -42,7 +43,7 @@ def pack(
         )
     words: Words = np.empty(parameters.words, dtype=parameters.grid.dtype)
     if parameters.rotated:
-        update = rotate(update, _rotation_key(parameters))
+        update = rotate(update, _rotation_key(parameters.attempt))
     encode(update, parameters.grid, stream, out=words[: parameters.dimension])
     for place, grid in enumerate(_slot_grids(parameters)):
         word = slice(parameters.dimension + place, parameters.dimension + place + 1)
@@ -75,13 +76,14 @@ def unpack(
     }
     update = decode(total[: parameters.dimension], parameters.grid)
     if parameters.rotated:
-        update = rotate_back(update, _rotation_key(parameters))
+        update = rotate_back(update, _rotation_key(parameters.attempt))
     return update, slots
 
 
-def _rotation_key(parameters: SessionParameters) -> bytes:
-    """Public, and new for every session, so that no update can be made to fit the rotation."""
-    return digest("rotation", parameters.to_bytes())
+def _rotation_key(attempt: Attempt) -> bytes:
+    """Public, and another one in every session: what it clips by bad luck, the next does not."""
+    numbers = (number.to_bytes(4, "big") for number in attempt.order)
+    return digest("rotation", attempt.run.encode(), *numbers)
 
 
 def _slot_grids(parameters: SessionParameters) -> list[Grid]:

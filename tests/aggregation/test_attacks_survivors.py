@@ -15,6 +15,7 @@ from fedward.aggregation.graph import Thresholds
 from fedward.aggregation.masks import Words
 from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.transcript import (
+    SiteFault,
     share_commitment,
     sign,
 )
