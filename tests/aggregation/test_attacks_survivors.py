@@ -14,6 +14,7 @@ from fedward.aggregation import shamir, wire
 from fedward.aggregation.graph import Thresholds
 from fedward.aggregation.masks import Words
 from fedward.aggregation.session_memory import VolatileMemory
+from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.transcript import (
     SiteFault,
     share_commitment,
@@ -215,3 +216,74 @@ def test_messages_out_of_turn(stage):
     skipped.run_to("R1")
     if stage != "R1":
         refused(skipped, stage, honest.heard[stage][VICTIM], match="cannot take another")
+
+
+# What the coordinator reads when sites can be made to forget, or when one share is enough.
+
+
+def fork(rig: Rig, site: int, memory: VolatileMemory) -> SiteSession:
+    """A second copy of a site's process, as from a snapshot of its machine."""
+    twin = copy.copy(rig.sessions[site])
+    twin._memory, twin._answers = memory, {}
+    return twin
+
+
+def two_sums(rig: Rig, *, forget: bool) -> Words:
+    """Every site but the victim is asked again, from a snapshot, for a sum without the victim."""
+    headers = headers_of(rig)
+    forks = {
+        site: fork(rig, site, VolatileMemory() if forget else rig.memories[site])
+        for site in rig.sites[1:]
+    }
+    found: list[dict[int, bytes]] = []
+    for sessions, shown in ((dict(rig.sessions), headers), (forks, headers[1:])):
+        message = wire.encode_survivors(shown)
+        votes = [sessions[h.site].consistency(message) for h in shown]
+        certificate = wire.encode_certificate(map(wire.decode_vote, votes))
+        points = {}
+        for site in rig.sites[1:]:
+            released = wire.decode_released(sessions[site].unmask(certificate))
+            point = rig.tally._cohort.graph.point(VICTIM, site)
+            points[point] = dict(released.shares)[VICTIM]
+        found.append(points)
+    seed, key = (shamir.join(points, 4) for points in found)
+    u2, u2_hash = rig.tally._u2, rig.tally._u2_hash
+    return open_input(rig, VICTIM, rig.vectors[VICTIM], seed, key, u2, u2_hash)
+
+
+def test_sites_restored_from_a_snapshot_remember_what_they_signed():
+    rig = make_rig(7)
+    with pytest.raises(ProtocolError, match="signed another survivor set"):
+        two_sums(rig, forget=False)
+
+
+def test_twin_sites_that_forget_what_they_signed():
+    rig = make_rig(7)
+    assert np.array_equal(two_sums(rig, forget=True), rig.inputs[VICTIM])
+
+
+def one_colluder_s_shares(rig: Rig, threshold: int) -> Words:
+    """What site 7 alone makes of the shares that the victim dealt it."""
+    rig.exchange("R2", rig.run_to("R2"))
+    seed_share, key_share = state(rig, 7).shares[VICTIM]
+    point = rig.tally._cohort.graph.point(VICTIM, 7)
+    seed, key = (shamir.join({point: share}, threshold) for share in (seed_share, key_share))
+    u2, u2_hash = rig.tally._u2, rig.tally._u2_hash
+    return open_input(rig, VICTIM, rig.vectors[VICTIM], seed, key, u2, u2_hash)
+
+
+def test_one_share_is_worth_nothing():
+    """A4: the threshold is computed by the site, so that the coordinator cannot ask for 1."""
+    rig = make_rig(7, colluders=1, dimension=50_000)
+    try:
+        opened = one_colluder_s_shares(rig, 1)
+    except ProtocolError:  # a share is a random number: about half are no 32-byte secret
+        return
+    assert np.mean(opened == rig.inputs[VICTIM]) < 0.01
+
+
+def test_twin_with_a_threshold_of_one(monkeypatch):
+    weak = Thresholds(quorum=5, neighbours=6, threshold=1)
+    monkeypatch.setattr(cohort_module, "thresholds", lambda *_: weak)
+    rig = make_rig(7, colluders=1)
+    assert np.array_equal(one_colluder_s_shares(rig, 1), rig.inputs[VICTIM])
