@@ -262,14 +262,18 @@ class UnitGradients(AbstractGradSampleModule):  # type: ignore[misc]  # opacus h
                 )
             parameter.grad_sample = parameter.grad.float().unsqueeze(0)
             parameter.grad = None
-        found = {
-            len(p.grad_sample): name for name, p in self._trainable if p.grad_sample is not None
-        }
+        found = {len(rows): name for name, rows in self.rows()}
         expected = self._rows if self.single_pass else 1
         if not found:
             raise ModelError("the loss depends on no trainable parameter; is the tuner active?")
         if set(found) != {expected}:
             raise UncoveredParameters(f"expected gradients of {expected} rows, got {found}")
+
+    def rows(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients that were collected, by parameter: shape ``(rows, *shape)``."""
+        for name, parameter in self._trainable:
+            if parameter.grad_sample is not None:
+                yield name, parameter.grad_sample
 
     def remove_hooks(self) -> None:
         """Give every layer its own ``forward`` back."""

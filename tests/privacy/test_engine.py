@@ -17,12 +17,6 @@ from tests.privacy import tiny
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The rows' gradients that the engine left."""
-    found = {name: vars(p)["grad_sample"] for name, p in tiny.trainable(model).items()}
-    return {name: rows for name, rows in found.items() if rows is not None}
-
-
 def backward(losses: Tensor) -> None:
     torch.autograd.backward(losses.sum())
 
@@ -35,7 +29,7 @@ def test_rows_are_the_gradients_of_single_records():
     engine.begin(4)
     backward(loss(model, range(4)))
     engine.collect()
-    for name, rows in gradients(model).items():
+    for name, rows in engine.rows():
         for row, expected in zip(rows, single, strict=True):
             assert torch.allclose(row, expected[name], atol=1e-6)
     assert all(p.grad is None for p in model.parameters())
@@ -103,7 +97,7 @@ def test_a_layer_used_twice_adds_up():
     engine.begin(5)
     backward(loss(model, range(5)))
     engine.collect()
-    for name, rows in gradients(model).items():
+    for name, rows in engine.rows():
         assert torch.allclose(rows, torch.stack([s[name] for s in single]), atol=1e-5)
 
 
@@ -125,7 +119,7 @@ def test_any_number_of_middle_dimensions(layer, shape):
     engine.begin(5)
     backward(loss(model, range(5)))
     engine.collect()
-    for name, rows in gradients(model).items():
+    for name, rows in engine.rows():
         assert torch.allclose(rows, torch.stack([s[name] for s in single]), rtol=1e-4, atol=1e-5)
 
 
@@ -142,7 +136,7 @@ def test_autocast_keeps_rows_and_sums_in_float32():
     engine.begin(4)
     backward(loss(model, range(4)))
     engine.collect()
-    for name, rows in gradients(model).items():
+    for name, rows in engine.rows():
         assert rows.dtype == torch.float32
         expected = torch.stack([s[name] for s in single])
         assert float((rows - expected).norm() / expected.norm()) < 0.02  # bfloat16 has 8 bits
