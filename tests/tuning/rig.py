@@ -17,7 +17,7 @@ ROWS = [
 ]
 
 
-def make_plan(folder: Path, **sections: Any) -> Plan:
+def make_plan(folder: Path | str, **sections: Any) -> Plan:
     """A plan over one model folder; every section can be replaced."""
     given: dict[str, Any] = {
         "model": Model(path=str(folder)),
