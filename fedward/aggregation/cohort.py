@@ -96,7 +96,7 @@ def form_cohort(
         hellos: Ordered by site.
 
     Raises:
-        CohortTooSmall: Fewer sites than the minimum or the quorum.
+        CohortTooSmall: Fewer sites than the minimum; the quorum is never more than all of them.
         ProtocolError: Another check failed.
     """
     members = {hello.site: hello for hello in hellos}
@@ -115,12 +115,10 @@ def form_cohort(
         pinned.verify(hello.site, hello.signature, "R0", *hello_fields(raw, hello))
     session = session_id(raw, (hello.record() for hello in members.values()))
     need = thresholds(len(members), parameters.colluders, parameters.dropouts)
-    cohort = Cohort(
+    return Cohort(
         session=session,
         hellos=members,
         need=need,
         minimum=max(need.quorum, parameters.minimum),
         graph=Graph(session, members, need.neighbours),
     )
-    cohort.check_enough(frozenset(members), "U1")
-    return cohort

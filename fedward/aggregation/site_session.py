@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fedward.aggregation import shamir, wire
 from fedward.aggregation.cohort import Cohort, PinnedKeys, form_cohort, hello_fields
 from fedward.aggregation.envelopes import SharePair, agree, commit, seal, unseal
-from fedward.aggregation.masks import Words, apply_masks, check_vector
+from fedward.aggregation.masks import Words, apply_masks
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.session_memory import SessionMemory
 from fedward.aggregation.transcript import (
@@ -283,10 +283,9 @@ class SiteSession:
             for e in envelopes
         }
         shares[self._site] = state.own_shares
-        check_vector(words)
-        if len(words) != self._expected.words or words.dtype != self._expected.grid.dtype:
+        if words.shape != (self._expected.words,) or words.dtype != self._expected.grid.dtype:
             raise ProtocolError(
-                f"the input has {len(words)} words of {words.dtype}, the session needs "
+                f"the input is {words.dtype} of shape {words.shape}, the session needs words: "
                 f"{self._expected.words} of {self._expected.grid.dtype}"
             )
         u2_hash = cohort_hash(sid, u2)

@@ -97,7 +97,7 @@ class Tally:
         """R1: form the cohort; returns every site's message.
 
         Raises:
-            CohortTooSmall: Fewer sites than the minimum or the quorum.
+            CohortTooSmall: Fewer sites than the minimum.
         """
         self._check_open("R0")
         hellos = [self._hellos[site] for site in sorted(self._hellos)]

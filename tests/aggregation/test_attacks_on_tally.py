@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from fedward.aggregation import shamir, wire
+from fedward.aggregation.masks import Words
 from fedward.aggregation.transcript import (
     SiteFault,
     sign,
 )
 from fedward.errors import ProtocolError
-from tests.aggregation.rig import identity, make_rig
+from tests.aggregation.rig import Rig, identity, make_rig
 
 
 def test_a_site_that_changes_its_share_is_named():
@@ -85,3 +86,61 @@ def test_a_site_that_speaks_for_another():
     reply = rig.answer("R0", 2, rig.tally.request())
     with pytest.raises(SiteFault, match="in the name of site 2"):
         rig.tally.add_hello(3, reply)
+
+
+def test_shares_from_outside_the_cohort():
+    rig = make_rig(5, gone={5: "R0"})
+    other = make_rig(5)
+    rig.run_to("R1")
+    other.run_to("R2")
+    with pytest.raises(SiteFault, match="site 5: it is not in the cohort"):
+        rig.tally.add_shares(5, other.said["R1"][5])
+
+
+def test_envelopes_for_others_than_the_neighbours():
+    rig = make_rig(5)
+    messages = rig.run_to("R1")
+    shares = wire.decode_shares(rig.answer("R1", 2, messages[2]))
+    for wrong in (shares.sealed[1:], (*shares.sealed, shares.sealed[0]._replace(holder=9))):
+        with pytest.raises(SiteFault, match="site 2: its envelopes"):
+            rig.tally.add_shares(2, wire.encode_shares(shares._replace(sealed=wrong)))
+
+
+def signed_header(rig: Rig, site: int, vector: Words) -> bytes:
+    """A header that a site with its own key can sign for any vector."""
+    hashed = hashlib.sha256(vector.data).digest()
+    fields = (rig.tally._cohort.session, rig.tally._u2_hash, site.to_bytes(4, "big"), hashed)
+    return wire.encode_header(wire.Header(site, hashed, sign(identity(site), "R2", *fields)))
+
+
+def test_an_input_of_a_site_that_left_before():
+    rig = make_rig(5, gone={5: "R1"})
+    rig.run_to("R2")
+    vector = np.zeros(10, dtype=np.uint32)
+    with pytest.raises(SiteFault, match="site 5: it is not in U2"):
+        rig.tally.add_masked(5, signed_header(rig, 5, vector), vector)
+
+
+def test_a_signed_input_of_another_shape():
+    rig = make_rig(5)
+    rig.run_to("R2")
+    for vector in (np.zeros(1, dtype=np.uint32), np.zeros(10, dtype=np.uint16)):
+        with pytest.raises(SiteFault, match="site 2: its input is not 10"):
+            rig.tally.add_masked(2, signed_header(rig, 2, vector), vector)
+
+
+def test_votes_and_shares_of_a_site_that_is_not_in_the_sum():
+    rig = make_rig(5, gone={5: "R2"})
+    messages = rig.run_to("R3")
+    outcome = rig.tally._frozen
+    vote = wire.Vote(5, sign(identity(5), "R3", outcome.session, outcome.survivors_hash))
+    with pytest.raises(SiteFault, match="site 5: it is not in U3"):
+        rig.tally.add_consistency(5, wire.encode_vote(vote))
+    rig.exchange("R3", messages)
+    messages = rig.tally.close_consistency()
+    released = wire.decode_released(rig.answer("R4", 2, messages[2]))
+    with pytest.raises(SiteFault, match="site 5: it is not in U3"):
+        rig.tally.add_unmask(5, wire.encode_released(released._replace(site=5)))
+    fewer = released._replace(shares=released.shares[1:])
+    with pytest.raises(SiteFault, match="site 2: its shares are not one of each"):
+        rig.tally.add_unmask(2, wire.encode_released(fewer))

@@ -55,6 +55,17 @@ def test_survivors_shrunk_below_the_quorum():
     refused(rig, "R3", wire.encode_survivors(headers_of(rig)[:4]), match="U3 has 4 sites")
 
 
+def test_a_gap_on_the_ring(monkeypatch):
+    """All but one neighbour of the victim are declared dead; the others would be enough."""
+    need = Thresholds(quorum=6, neighbours=4, threshold=4)
+    monkeypatch.setattr(cohort_module, "thresholds", lambda *_: need)
+    rig = make_rig(11)
+    headers = headers_of(rig)
+    gap = set(rig.tally._cohort.graph.neighbours(VICTIM)[:3])
+    shown = wire.encode_survivors(h for h in headers if h.site not in gap)
+    refused(rig, "R3", shown, match="U3 has 2 holders of site 1's shares")
+
+
 def test_a_survivor_set_shown_differently_to_one():
     """The victim alone is told that site 7 is dead: its vote and the others' do not meet."""
     rig = make_rig(7)

@@ -59,7 +59,7 @@ def rigs(draw: st.DrawFn) -> Rig:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
 @given(rigs())
 def test_the_exact_sum_or_a_clean_end(rig):
     try:
