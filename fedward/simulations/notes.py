@@ -274,7 +274,7 @@ def generate(seed: int) -> World:
     return World(train=train, test=test)
 
 
-def public_corpus(seed: int, rows: int = 6000) -> list[Row]:
+def public_corpus(seed: int, rows: int = 12000) -> list[Row]:
     """Write textbook text: case sketches, one lesson in five, and one label in ten drawn at random.
 
     Args:
