@@ -100,6 +100,7 @@ class RoundEngine:
         self._plan, self._run, self._identity = plan, run, identity
         self._roster, self._nodes, self._store = roster, dict(nodes), store
         self._start, self._layout, self._observer = start, layout, observer
+        self._left_out = set[tuple[Attempt, int]]()
 
     def run(self, grid: Grid) -> bytes:
         """Run every round that is not committed yet; returns the final adapter.
@@ -296,6 +297,13 @@ class RoundEngine:
         return accepted, refused
 
     def _leave_out(self, attempt: Attempt, site: int, action: str, reason: str) -> None:
+        """Record why a site is out of an attempt: the first reason is the one that counts.
+
+        A survivor whose vote is missing is asked for its shares all the same, and may fail again.
+        """
+        if (attempt, site) in self._left_out:
+            return
+        self._left_out.add((attempt, site))
         self._record(attempt, Phase.LEFT_OUT, {"at": action, "reason": reason}, site=site)
 
     def _record(
