@@ -92,7 +92,7 @@ def replace_vector(adapter: bytes, layout: Layout, vector: Vector) -> bytes:
         end = start + math.prod(shape)
         tensors[name] = vector[start:end].reshape(shape)
         start = end
-    return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
+    return save({name: np.asarray(tensors[name], order="C") for name in sorted(tensors)})
 
 
 def _load(adapter: bytes) -> dict[str, npt.NDArray[np.float32]]:

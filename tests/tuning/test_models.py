@@ -1,8 +1,11 @@
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedward.errors import InvalidValue, ModelError
 from fedward.plan import Model, Task
@@ -13,11 +16,11 @@ SFT = Task(max_length=32)
 CLASSIFY = Task(objective="classify", labels=LABELS, max_length=32)
 
 
-def load(folder, task, **model):
+def load(folder: Path, task: Task, **model: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_base(Model(path=str(folder), **model), task)
 
 
-def change_config(folder, **values):
+def change_config(folder: Path, **values: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -82,7 +85,6 @@ def test_a_head_for_another_number_of_classes_is_new(models):
 def test_padding_does_not_change_a_classification(models):
     for name in ("classifier", "bert"):
         base, tokenizer = load(models[name], CLASSIFY)
-        base.eval()
         with torch.no_grad():
             alone, padded = (
                 base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

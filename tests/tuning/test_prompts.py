@@ -1,4 +1,8 @@
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from fedward.errors import ConfigurationError
 from fedward.plan import Data, Task
@@ -21,7 +25,9 @@ def tokenizer():
     return build_tokenizer(TEXTS, 300)
 
 
-def cut(row, tokenizer, **data):
+def cut(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **data: Any
+) -> list[tuple[str, bool]]:
     plan = make_plan("anywhere", task=Task(max_length=32), data=Data(**data))
     return [(piece.text, piece.learned) for piece in segments(row, plan, tokenizer)]
 

@@ -3,7 +3,9 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedward.errors import DataError
-from fedward.plan import Data, Split, Task
+from fedward.plan import Data, Plan, Split, Task
 from fedward.tuning import records
 from fedward.tuning.records import (
     find_splits,
@@ -28,16 +30,16 @@ from tests.tuning.rig import LABELS, ROWS, make_plan
 CANARY = "CANARY Mrs Jane Roe"
 
 
-def plan(**sections):
+def plan(**sections: Any) -> Plan:
     return make_plan("anywhere", **sections)
 
 
-def jsonl(path, rows):
+def jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 
 
-def written(folder, kind):
+def written(folder: Path, kind: str) -> Path:
     """The rig's rows in one kind of file."""
     if kind == "parquet":
         path = folder / "train.parquet"
@@ -95,7 +97,8 @@ class TestReading:
         assert len(found.units) == 2
 
     def test_a_row_without_a_patient_is_left_out_aloud(self, tmp_path, caplog):
-        rows = [*ROWS[:4], ROWS[4] | {"patient": None}, ROWS[5] | {"patient": ""}]
+        rows: list[dict[str, Any]] = [dict(row) for row in ROWS[:6]]
+        rows[4]["patient"], rows[5]["patient"] = None, ""
         with caplog.at_level(logging.WARNING):
             found = read_records(jsonl(tmp_path / "a.jsonl", rows), plan())
         assert len(found.rows) == 4
@@ -117,13 +120,13 @@ class TestReading:
         assert read_records(path, chats).rows[0]["talk"][1]["content"] == "Yes?"
 
 
-def cache_files():
+def cache_files() -> Iterable[Path]:
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     return home.rglob("*") if home.exists() else ()
 
 
 class TestErrorsNeverQuoteARecord:
-    def refused(self, path, given, match):
+    def refused(self, path: Path, given: Plan, match: str) -> None:
         with pytest.raises(DataError, match=match) as caught:
             read_records(path, given)
         error: BaseException | None = caught.value

@@ -1,11 +1,12 @@
 import hashlib
+from pathlib import Path
 
 from fedward.tuning.small import build_bert, build_llama, build_qwen2, build_tokenizer
 
 TEXTS = ["The patient reports chest pain.", "No fever, no cough at all."] * 20
 
 
-def digest(path):
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

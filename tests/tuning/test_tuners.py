@@ -1,7 +1,10 @@
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from fedward.errors import ConfigurationError
 from fedward.plan import Aggregation, Model, Task, Tuner
@@ -13,12 +16,12 @@ SFT = Task(max_length=32)
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
-def tuned(folder, **sections):
+def tuned(folder: Path, **sections: Any) -> PeftModel:
     plan = make_plan(folder, **sections)
     return attach(load_base(plan.model, plan.task)[0], plan)
 
 
-def lora(**arguments):
+def lora(**arguments: Any) -> Tuner:
     return Tuner(arguments={"r": 4} | arguments)
 
 
@@ -26,10 +29,10 @@ def lora(**arguments):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "bert"])
 def test_the_start_computes_what_the_base_does(models, name, quantize):
     plan = make_plan(models[name], model=Model(path=str(models[name]), quantize=quantize))
-    base = load_base(plan.model, plan.task)[0].eval()
+    base = load_base(plan.model, plan.task)[0]
     with torch.no_grad():
         before = base(input_ids=IDS).logits
-        after = attach(base, plan).eval()(input_ids=IDS).logits
+        after = attach(base, plan).train(False)(input_ids=IDS).logits
     assert torch.equal(before, after)
 
 

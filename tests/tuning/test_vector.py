@@ -1,0 +1,62 @@
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from fedward.errors import ModelError
+from fedward.tuning.vector import (
+    dimension,
+    layout_from_bytes,
+    layout_to_bytes,
+    replace_vector,
+    vector_of,
+)
+
+TENSORS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.array(7, dtype=np.float32),
+    "frozen": np.ones(2, dtype=np.float32),
+}
+LAYOUT = (("a", (2, 3)), ("b", ()))
+ADAPTER = save(TENSORS)
+
+
+def test_a_vector_is_taken_out_and_put_back():
+    vector = vector_of(ADAPTER, LAYOUT)
+    assert vector.tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert dimension(LAYOUT) == vector.size
+    changed = replace_vector(ADAPTER, LAYOUT, vector * 2)
+    assert vector_of(changed, LAYOUT).tolist() == (vector * 2).tolist()
+    assert vector_of(changed, (("frozen", (2,)),)).tolist() == [1, 1]
+    assert replace_vector(changed, LAYOUT, vector) == ADAPTER
+    assert vector_of(ADAPTER, ()).size == 0
+
+
+@pytest.mark.parametrize("wrong", [(("a", (3, 2)),), (("c", ()),), (("a", (2, 3)), ("b", (1,)))])
+def test_another_layout_is_refused(wrong):
+    with pytest.raises(ModelError, match="is not float32 of shape"):
+        vector_of(ADAPTER, wrong)
+
+
+def test_another_type_is_refused():
+    with pytest.raises(ModelError):
+        vector_of(save({"a": np.ones(2)}), (("a", (2,)),))
+    for vector in (np.ones(6, np.float32), np.ones((7, 1), np.float32)):
+        with pytest.raises(ModelError, match="7 numbers"):
+            replace_vector(ADAPTER, LAYOUT, vector)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 40, ADAPTER[:-1]])
+def test_other_bytes_are_refused(data):
+    with pytest.raises(ModelError, match="not a safetensors"):
+        vector_of(data, LAYOUT)
+
+
+def test_a_layout_has_one_spelling():
+    data = layout_to_bytes(LAYOUT)
+    assert layout_from_bytes(data) == LAYOUT
+    assert dimension(LAYOUT) == sum(math.prod(shape) for _, shape in LAYOUT)
+    for wrong in (data + b" ", b"", b"3", b"[1]", b'[["b",[]],["a",[]]]', b'[["a",[]],["a",[]]]'):
+        with pytest.raises(ModelError):
+            layout_from_bytes(wrong)
