@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedward.aggregation import cohort as cohort_module
 from fedward.aggregation import shamir, wire
+from fedward.aggregation.graph import Thresholds
 from fedward.aggregation.masks import Words
 from fedward.aggregation.transcript import (
     SiteFault,
@@ -144,3 +146,53 @@ def test_votes_and_shares_of_a_site_that_is_not_in_the_sum():
     fewer = released._replace(shares=released.shares[1:])
     with pytest.raises(SiteFault, match="site 2: its shares are not one of each"):
         rig.tally.add_unmask(2, wire.encode_released(fewer))
+
+
+def test_exchanges_are_closed_in_order_and_once():
+    rig = make_rig(4)
+    tally = rig.tally
+    closes = (tally.close_hellos, tally.close_shares, tally.close_masked, tally.close_consistency)
+    closings = (*closes, tally.result)
+    messages = dict.fromkeys(rig.sites, tally.request())
+    for place, stage in enumerate(("R0", "R1", "R2", "R3", "R4")):
+        for other, close in enumerate(closings):
+            if other != place:
+                with pytest.raises(ProtocolError, match="not open"):
+                    close()
+        rig.exchange(stage, messages)
+        if stage != "R4":
+            messages = closes[place]()
+    assert np.array_equal(tally.result().words, rig.plain_sum(rig.sites))
+
+
+def test_answers_that_come_before_their_exchange():
+    done, early = make_rig(4), make_rig(4)
+    done.run()
+    for stage in ("R1", "R2", "R3", "R4"):
+        early.vectors = done.vectors
+        with pytest.raises(ProtocolError):
+            early.add(stage, 2, done.said[stage][2])
+
+
+def test_a_strided_input():
+    rig = make_rig(5)
+    messages = rig.run_to("R2")
+    header = rig.answer("R2", 2, messages[2])
+    with pytest.raises(ProtocolError, match="contiguous"):
+        rig.tally.add_masked(2, header, np.repeat(rig.vectors[2], 2)[::2])
+
+
+def test_a_dropped_site_whose_secret_nobody_can_give_back(monkeypatch):
+    """On the ring every survivor may have holders enough while one that dropped has not.
+
+    Found out before any share is released: the sum could not be unmasked.
+    """
+    need = Thresholds(quorum=7, neighbours=6, threshold=4)
+    monkeypatch.setattr(cohort_module, "thresholds", lambda *_: need)
+    rig = make_rig(13)
+    messages = rig.run_to("R2")
+    order = rig.tally._cohort.graph._order
+    dead = {order[place] for place in (5 - 3, 5, 5 + 1, 5 + 3)}
+    rig.exchange("R2", {s: m for s, m in messages.items() if s not in dead})
+    with pytest.raises(ProtocolError, match=f"3 holders of site {order[5]}'s shares"):
+        rig.tally.close_masked()
