@@ -4,6 +4,7 @@ The agent asks for an update and gets one flat vector; nothing else about the da
 trainer opens no connection, so that it can later live in a process without a network (DESIGN §3).
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from fedward.tuning.records import Records
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.tuners import trainable
 from fedward.tuning.vector import Layout
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +210,20 @@ def train_model(
     physical_batch: int = 64,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Run the plan's local optimizer for some steps over one set of units, in place."""
+    """Run the plan's local optimizer for some steps over one set of units, in place.
+
+    Raises:
+        ModelError: Training failed. With privacy not because no unit had a finite gradient: that
+            depends on patients, and whether a site answers must not, so noise alone is the update.
+    """
     device = next(model.parameters()).device
+    taken = 0
+
+    def count(step: int) -> None:
+        nonlocal taken
+        taken = step
+        if on_step is not None:
+            on_step(step)
 
     def loss(wrapped: nn.Module, indices: Sequence[int]) -> Tensor:
         return loss_per_example(wrapped, collate(encoded, indices, device))
@@ -216,17 +231,22 @@ def train_model(
     parameters = list(trainable(model).values())
     kind = torch.optim.AdamW if plan.rounds.optimizer == "adamw" else torch.optim.SGD
     optimizer = kind(parameters, lr=plan.rounds.learning_rate, weight_decay=0.0)
-    train_steps(
-        model,
-        units,
-        loss,
-        optimizer,
-        step,
-        steps=steps,
-        stream=stream,
-        physical_batch=physical_batch,
-        on_step=on_step,
-    )
+    try:
+        train_steps(
+            model,
+            units,
+            loss,
+            optimizer,
+            step,
+            steps=steps,
+            stream=stream,
+            physical_batch=physical_batch,
+            on_step=count,
+        )
+    except ModelError as error:
+        if taken < steps or not plan.privacy.enabled:
+            raise
+        _LOG.warning("%s; the update is noise alone", error)
 
 
 def _position(request: TrainRequest) -> str:

@@ -171,6 +171,7 @@ class RoundEngine:
             "sum": self._store.put_blob(result.words.tobytes()),
             "cohort": list(result.cohort),
             "transcript": result.transcript.hex(),
+            **({} if self._plan.metrics is None else {"slots": result.slots}),
         }
         self._record(attempt, Phase.COMMITTED, facts)
 

@@ -1,0 +1,196 @@
+"""The trainer gives one vector: the plan's own, private, and noise where the data are of no use."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedward.attempt import Attempt
+from fedward.client import trainer as module
+from fedward.client.trainer import LocalTrainer, TrainRequest, mechanism, training_event
+from fedward.errors import DataError, ModelError
+from fedward.plan import Metrics, Privacy
+from fedward.privacy.accounting import epsilon
+from fedward.privacy.noise import SecureStream
+from fedward.tuning.adapter import flatten, from_bytes, load_adapter
+from fedward.tuning.objectives import encode
+from fedward.tuning.records import Records, group
+from fedward.tuning.tuned import tuned_model
+from tests.simulations import tiny
+
+EMPTY = Records(rows=(), units=())
+
+
+def request(plan, *, draw=0, round=1, **changes):
+    """What an agent asks for in the first session."""
+    tuned = tuned_model(plan)
+    given = {
+        "plan": plan,
+        "attempt": Attempt(run="r", round=round),
+        "draw": draw,
+        "adapter": tuned.start,
+        "layout": tuned.layout,
+    }
+    return TrainRequest(**(given | changes))
+
+
+def update(plan, records, *, site="a", **changes):
+    trainer = LocalTrainer(records, key=tiny.key(site))
+    return trainer.train(request(plan, **changes)).update
+
+
+@pytest.fixture
+def plan(base):
+    return tiny.make_plan(base)
+
+
+def broken_loss(monkeypatch, value=math.nan):
+    """A model whose loss is not a number for any record."""
+    real = module.loss_per_example
+    monkeypatch.setattr(module, "loss_per_example", lambda *args: real(*args) * value)
+
+
+def test_an_update_is_the_trainable_parameters_and_reproducible(plan):
+    records = tiny.make_records("a", 4)
+    one, again = update(plan, records), update(plan, records)
+    assert one.dtype == np.float32
+    assert one.shape == (sum(math.prod(shape) for _, shape in tuned_model(plan).layout),)
+    assert np.array_equal(one, again)
+
+
+@pytest.mark.parametrize("change", [{"site": "b"}, {"draw": 1}, {"round": 2}])
+def test_another_key_draw_or_round_has_other_noise(plan, change):
+    records = tiny.make_records("a", 4)
+    assert not np.array_equal(update(plan, records), update(plan, records, **change))
+
+
+def test_one_session_tried_again_before_anything_left_is_the_same_update(plan):
+    """The reservation serves a retrained update: its noise must not be averaged away by retries."""
+    records = tiny.make_records("a", 4)
+    again = Attempt(run="r", round=1, attempt=2)
+    assert np.array_equal(update(plan, records), update(plan, records, attempt=again))
+
+
+def test_without_a_key_the_noise_is_the_operating_systems(plan):
+    records = tiny.make_records("a", 4)
+    one, other = (LocalTrainer(records).train(request(plan)).update for _ in range(2))
+    assert not np.array_equal(one, other)
+
+
+def test_the_noise_of_the_plan_is_the_smallest_that_keeps_to_it(plan):
+    rounds, privacy = plan.rounds, plan.privacy
+    sigma = mechanism(plan).noise_multiplier
+    whole = training_event(plan).times(rounds.count + rounds.spare)
+    less = dataclasses.replace(whole, noise_multiplier=sigma - 0.001)
+    assert epsilon([whole], privacy.delta) <= privacy.epsilon < epsilon([less], privacy.delta)
+
+
+def noise_of_one_step(base, *, factor=1.0):
+    """Standard deviation of a step that sees nobody, over sigma x clip x rate / normaliser."""
+    rounds = tiny.make_rounds(optimizer="sgd", learning_rate=1.0)
+    plan = tiny.make_plan(base, rounds=rounds)
+    private = mechanism(plan)
+    tuned = tuned_model(plan)
+    load_adapter(tuned.model, from_bytes(tuned.start))
+    before = flatten(tuned.model)
+    module.train_model(
+        tuned.model,
+        [],
+        encode(EMPTY, tuned.tokenizer, plan),
+        plan,
+        dataclasses.replace(private, noise_multiplier=private.noise_multiplier * factor),
+        steps=1,
+        stream=SecureStream(bytes(32)),
+    )
+    moved = flatten(tuned.model) - before
+    return float(moved.std()) * rounds.normaliser / private.noise_multiplier / plan.privacy.clip
+
+
+def test_the_noise_has_the_plans_scale(base):
+    tolerance = 5 / math.sqrt(2 * 384)
+    assert abs(noise_of_one_step(base) - 1) < tolerance
+    for factor in (2 / 3, 3 / 2):
+        assert abs(noise_of_one_step(base, factor=factor) - 1) > tolerance, "negative control"
+
+
+def test_a_loss_that_is_no_number_gives_noise_and_the_same_answer(plan, monkeypatch):
+    """Whether a patient breaks the loss is the patient's secret: the site answers all the same."""
+    expected = update(plan, tiny.make_records("a", 4))
+    broken_loss(monkeypatch)
+    found = update(plan, tiny.make_records("a", 4))
+    assert np.isfinite(found).all()
+    assert found.shape == expected.shape
+    assert found.std() > 0
+    # Nothing of the records is in it: other records give the very same numbers.
+    assert np.array_equal(found, update(plan, tiny.make_records("x", 4, notes=1)))
+
+
+def test_without_privacy_a_loss_that_is_no_number_is_an_error(base, monkeypatch):
+    broken_loss(monkeypatch)
+    with pytest.raises(ModelError, match="no unit had a finite gradient"):
+        update(tiny.make_plan(base, privacy=tiny.NAKED), tiny.make_records("a", 4))
+
+
+def test_one_patient_that_breaks_the_loss_counts_as_zero(base, monkeypatch):
+    plan = tiny.make_plan(base, privacy=tiny.NAKED)
+    records = tiny.make_records("a", 4, notes=1)
+    real = module.loss_per_example
+
+    def third_breaks(model, batch):
+        return real(model, batch) * torch.tensor([1.0, 1.0, math.inf, 1.0])
+
+    without = group([row for i, row in enumerate(records.rows) if i != 2], "patient")
+    expected = update(plan, without)
+    assert np.abs(update(plan, records) - expected).max() > 1e-6, "negative control"
+    monkeypatch.setattr(module, "loss_per_example", third_breaks)
+    assert np.abs(update(plan, records) - expected).max() < 1e-6
+
+
+def test_parameters_that_overflow_are_an_error_that_the_noise_explains(base):
+    rounds = tiny.make_rounds(learning_rate=3e38, optimizer="sgd", steps=9)
+    with pytest.raises(ModelError, match="lower learning_rate"):
+        update(tiny.make_plan(base, rounds=rounds), tiny.make_records("a", 2))
+
+
+def test_a_site_without_records_is_told_so(plan):
+    with pytest.raises(DataError, match="at least one patient"):
+        update(plan, EMPTY)
+
+
+def test_a_label_that_the_plan_lacks_is_told_without_quoting_it(plan):
+    rows = tiny.make_rows("a", 3)
+    rows[4]["label"] = "CANARY-liver"
+    with pytest.raises(DataError, match="record 5: its label is not one of the plan's") as caught:
+        update(plan, group(rows, "patient"))
+    assert "CANARY" not in str(caught.value)
+
+
+def test_another_layout_or_adapter_than_the_models_is_refused(plan):
+    records = tiny.make_records("a", 3)
+    with pytest.raises(ModelError, match="not those of this site's model"):
+        update(plan, records, layout=tuned_model(plan).layout[:-1])
+    with pytest.raises(ModelError):
+        update(plan, records, adapter=b"not safetensors")
+
+
+def test_the_sites_own_evaluation_needs_records_of_its_own(plan):
+    records = tiny.make_records("a", 3)
+    with pytest.raises(DataError, match="no held-out records"):
+        LocalTrainer(records).evaluate(plan, tuned_model(plan).start)
+    trainer = LocalTrainer(records, held_out=tiny.make_records("b", 2))
+    assert len(trainer.evaluate(plan, tuned_model(plan).start).losses) == 4
+
+
+def test_metric_slots_come_with_the_update_where_the_plan_asks(base):
+    records, held_out = tiny.make_records("a", 3), tiny.make_records("b", 5)
+    naked = Privacy(epsilon=math.inf, delta=1e-5)
+    for metrics, expected in ((None, 0), (Metrics(epsilon=1.0), 3)):
+        plan = tiny.make_plan(base, privacy=naked, metrics=metrics)
+        result = LocalTrainer(records, held_out=held_out).train(request(plan))
+        assert result.slots.shape == (expected,)
+    loss, correct, units = result.slots
+    assert units == 5
+    assert 0 <= correct <= 5
+    assert 0 < loss < 5
