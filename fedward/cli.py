@@ -82,9 +82,12 @@ def simulate(
     Every site trains with differential privacy; only the secure sum of updates reaches the
     coordinator. Interrupt at any time and go on with --resume.
     """
-    from fedward.simulations.case import Options  # heavy: torch and Flower
+    from transformers.utils.logging import disable_progress_bar  # heavy, like torch and Flower
+
+    from fedward.simulations.case import Options
     from fedward.simulations.simulate import run_simulation
 
+    disable_progress_bar()  # ours shows the whole run
     console = Console(stderr=json_output, quiet=json_output)
     options = Options(
         plan=plan,
