@@ -61,7 +61,16 @@ _CODES: dict[type[Exception], SiteCode] = {
 }
 """What the coordinator is told of an error: a code, never its text."""
 
-_LIBRARY_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+_LIBRARY_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What libraries below the trainer raise; everything else is a bug and stops the site."""
 
 

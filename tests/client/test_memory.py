@@ -1,0 +1,91 @@
+"""What a site must not forget is there when its process comes back."""
+
+import pytest
+
+from fedward.attempt import Attempt
+from fedward.client.memory import SiteMemory
+from fedward.errors import LedgerError
+from fedward.identity import Identity
+from fedward.privacy.accounting import SampledGaussian
+from fedward.privacy.ledger import Ledger
+
+IDENTITY = Identity(bytes(32))
+FIRST = Attempt(run="r", round=1)
+SESSION, ONE, OTHER = bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 32
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger.open(tmp_path / "ledger.jsonl", IDENTITY, epsilon=100.0, delta=1e-5)
+    event = SampledGaussian(noise_multiplier=5.0, sampling_rate=1.0, steps=1)
+    ledger.open_run("r", bytes(32), event, 2)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def reopen(tmp_path, ledger):
+    """Opens the memory; the one before, as if its process had died, is let go first."""
+    held: list[SiteMemory] = []
+
+    def again():
+        for memory in held:
+            memory.close()
+        held.append(SiteMemory.open(tmp_path / "memory.jsonl", IDENTITY, ledger))
+        return held[-1]
+
+    yield again
+    for memory in held:
+        memory.close()
+
+
+def test_a_new_memory_knows_nothing(reopen):
+    memory = reopen()
+    assert memory.newest("r") is None
+    assert memory.signed(SESSION) is None
+
+
+def test_everything_is_there_after_a_crash(reopen):
+    memory = reopen()
+    memory.begin(FIRST)
+    memory.begin(Attempt(run="r", round=2, attempt=3))
+    memory.begin(Attempt(run="other", round=7))
+    memory.remember_signed(SESSION, ONE)
+    memory.remember_released(SESSION)
+    memory = reopen()
+    assert memory.newest("r") == (2, 1, 3)
+    assert memory.newest("other") == (7, 1, 1)
+    assert memory.signed(SESSION) == ONE
+    assert memory.signed(OTHER) is None
+
+
+def test_sent_is_spent_in_the_ledger_in_the_same_instant(reopen, ledger):
+    memory = reopen()
+    ledger.reserve(FIRST)
+    assert ledger.spent("r") == 0
+    memory.mark_spent(FIRST)
+    assert ledger.spent("r") == 1
+
+
+def test_nothing_is_sent_without_a_reservation(reopen, ledger):
+    with pytest.raises(LedgerError, match="holds no reservation"):
+        reopen().mark_spent(FIRST)
+    assert ledger.spent("r") == 0
+
+
+def test_an_altered_memory_is_refused(reopen, tmp_path):
+    memory = reopen()
+    memory.begin(FIRST)
+    memory.close()
+    path = tmp_path / "memory.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"order":[1,1,1]', b'"order":[0,1,1]'))
+    with pytest.raises(LedgerError, match="line 1 was changed"):
+        reopen()
+
+
+def test_a_ledger_is_no_memory(tmp_path, ledger):
+    with pytest.raises(LedgerError):
+        SiteMemory.open(tmp_path / "ledger.jsonl", IDENTITY, ledger)
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "ledger.jsonl").read_bytes())
+    with pytest.raises(LedgerError, match="not signed by this site's key"):
+        SiteMemory.open(tmp_path / "copy.jsonl", IDENTITY, ledger)
