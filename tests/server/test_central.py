@@ -1,11 +1,12 @@
 """Full training: it learns, resumes exactly, and refuses what it cannot resume."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedward.errors import ConfigurationError, InvalidValue, ModelError
 from fedward.server.central import FullTraining, batch_of, train_full
@@ -15,17 +16,17 @@ INPUTS = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 6)).astype(n
 CLASSES = (INPUTS[:, 0] > INPUTS[:, 1]).long()
 
 
-def build():
+def build() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 2))
 
 
-def loss(model, indices):
+def loss(model: nn.Module, indices: Sequence[int]) -> Tensor:
     index = torch.tensor(indices)
     return nn.functional.cross_entropy(model(INPUTS[index]), CLASSES[index], reduction="none")
 
 
-def weights(model):
+def weights(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
@@ -33,8 +34,8 @@ class Killed(Exception):
     """Stands for a process that ends."""
 
 
-def killed_at(step):
-    def on_step(done, _loss):
+def killed_at(step: int) -> Callable[[int, float], None]:
+    def on_step(done: int, _loss: float) -> None:
         if done == step:
             raise Killed
 
@@ -92,14 +93,14 @@ def test_the_callers_random_numbers_are_left_alone():
 
 def test_tied_weights_survive_a_resumption(tmp_path):
     class Tied(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.one = nn.Linear(6, 6, bias=False)
             self.two = nn.Linear(6, 6, bias=False)
             self.two.weight = self.one.weight
 
-        def forward(self, x):
-            return self.two(self.one(x))
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.one(x), self.two.weight)
 
     file = tmp_path / "checkpoint.safetensors"
     settings = dataclasses.replace(SETTINGS, steps=4, save_every=2)

@@ -1,8 +1,10 @@
 """The demo's base: made once, taken up again after a kill, and good at public text only."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedward.plan import Model
 from fedward.simulations import base_model as module
@@ -25,7 +27,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(module, "SETTINGS", settings)
 
 
-def load(folder):
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_base(Model(path=str(folder)), PLAN.task)
 
 

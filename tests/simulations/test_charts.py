@@ -1,6 +1,7 @@
 """Charts: well-formed, inside their frame, and safe against names with markup."""
 
 import re
+from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 
 import pytest
@@ -8,13 +9,14 @@ import pytest
 from fedward.simulations.charts import line_chart
 
 
-def draw(curves):
+def draw(curves: Mapping[str, Sequence[float]]) -> ElementTree.Element:
     page = f"<div>{line_chart(curves, title='a & b', x='round', y='accuracy')}</div>"
     return ElementTree.fromstring(page)  # noqa: S314  # our own output
 
 
-def points(line):
-    return [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+def points(line: ElementTree.Element) -> list[tuple[float, float]]:
+    pairs = (pair.split(",") for pair in line.attrib["points"].split())
+    return [(float(x), float(y)) for x, y in pairs]
 
 
 def test_every_curve_is_drawn_inside_the_frame():

@@ -4,12 +4,15 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
 from fedward.simulations.notes import (
     HOSPITALS,
     SERVICES,
+    Row,
+    World,
     generate,
     public_corpus,
     vocabulary,
@@ -24,11 +27,11 @@ def world():
     return generate(0)
 
 
-def rows_of(world):
+def rows_of(world: World) -> list[Row]:
     return [*world.test, *(row for rows in world.train.values() for row in rows)]
 
 
-def digest(value):
+def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -53,11 +56,11 @@ def test_every_hospital_has_300_patients_and_every_class_at_5_percent(world):
 
 
 def test_hospitals_differ_in_size_case_mix_and_length(world):
-    def shares(rows):
+    def shares(rows: Sequence[Row]) -> list[float]:
         counts = Counter(row["label"] for row in rows)
         return [counts[service] / len(rows) for service in SERVICES]
 
-    def length(rows):
+    def length(rows: Sequence[Row]) -> float:
         return sum(len(WORDS.findall(row["text"])) for row in rows) / len(rows)
 
     parts = list(world.train.values())

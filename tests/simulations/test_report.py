@@ -44,9 +44,10 @@ SFT = dataclasses.replace(PLAN, task=Task(objective="sft"))
 class Page(HTMLParser):
     """Open tags and what they point at."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags, self.open = [], []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -164,7 +165,7 @@ def test_a_bare_report_is_still_a_page():
     assert bare.to_json()["loss"]["classical"] is None
 
 
-def printed(facts):
+def printed(facts: Report) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(render_table(facts))
     return console.export_text(styles=True)
