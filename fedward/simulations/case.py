@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -45,12 +45,15 @@ class Case:
         plan: Frozen: labels and the model's digest are filled in.
         sites: Site name → its training records.
         test: The public held-out records on which everything is evaluated.
+        held_out: Site name → records of other patients for the site's own metrics; empty unless
+            the plan has ``[metrics]``.
         killed: Site that the demo kills in the middle of a round; None kills nobody.
     """
 
     plan: Plan
     sites: Mapping[str, Records]
     test: Records
+    held_out: Mapping[str, Records] = field(default_factory=dict)
     killed: str | None = None
 
 
@@ -103,4 +106,8 @@ def freeze_case(plan: Plan, data: Path, killed: str | None = None) -> Case:
             f"[model] sha256 names another model than {plan.model.path!r}, whose digest is {digest}"
         )
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, sha256=digest))
-    return Case(plan=plan, sites=make_sites(train, plan.data), test=test, killed=killed)
+    sites, held_out = make_sites(train, plan.data), dict[str, Records]()
+    if plan.metrics is not None:
+        for name, records in sites.items():
+            sites[name], held_out[name] = hold_out(records, _HELD_OUT_SHARE, seed=0)
+    return Case(plan=plan, sites=sites, test=test, held_out=held_out, killed=killed)

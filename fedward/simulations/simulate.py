@@ -25,11 +25,11 @@ from fedward.canonical import Json
 from fedward.client.trainer import LocalTrainer, Trainer
 from fedward.errors import ConfigurationError
 from fedward.plan import Plan, from_json
-from fedward.server.store import Phase
+from fedward.server.store import Phase, RunStore
 from fedward.simulations import baseline
 from fedward.simulations.case import Case, Options, load_case
 from fedward.simulations.comparison import evaluate_adapter, pooled, train_in_one_place
-from fedward.simulations.federation import Federation
+from fedward.simulations.federation import RUN, Federation
 from fedward.simulations.grid import FIRST_NODE
 from fedward.simulations.report import Report, Scores, Seen, render_table, write_report
 from fedward.tuning.metrics import Metrics
@@ -83,7 +83,10 @@ def _open_folder(options: Options, plan: Plan) -> Path:
         )
     report.unlink(missing_ok=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        old = options.out / "run.old"  # killed while it deletes, no half of a run is left
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        shutil.rmtree(old)
     folder.mkdir(parents=True, mode=0o700)
     _write_atomically(frozen, plan.to_json())
     return folder
@@ -152,10 +155,9 @@ class _Work:
 
     def _federate(self, ray_workers: int) -> tuple[float, dict[str, float]]:
         """Run every open round; returns the score and each site's epsilon."""
-        plan, sites = self._plan, self._case.sites
+        plan = self._plan
         task = self._show.add_task("federated rounds", total=plan.rounds.count)
-        self._show.update(task, completed=len(self._notes["cohorts"]))
-        with _trainers(sites, ray_workers) as trainers:
+        with _trainers(self._case, ray_workers) as trainers:
             self._federation = federation = Federation(
                 folder=self._folder,
                 plan=plan,
@@ -166,6 +168,8 @@ class _Work:
                 fault=self._fault,
                 watch=self._watch,
             )
+            self._catch_up()
+            self._show.update(task, completed=len(self._notes["cohorts"]))
 
             def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
                 name = federation.names[site] if site >= 0 else ""
@@ -200,6 +204,13 @@ class _Work:
             name = self._federation.names[message.metadata.src_node_id - FIRST_NODE]
             self._masked = (name, bytes(words.data[:_SEEN_BYTES]))
 
+    def _catch_up(self) -> None:
+        """Note the round that was committed in the instant before a kill."""
+        with contextlib.closing(RunStore(self._folder / "coordinator")) as store:
+            done = [event for event in store.events(RUN) if event.phase is Phase.COMMITTED]
+        for event in done[len(self._notes["cohorts"]) :]:
+            self._committed(json.loads(event.payload))
+
     def _committed(self, facts: Mapping[str, Any]) -> None:
         """After a round: evaluate for the curve, and keep what the report needs."""
         federation, notes = self._federation, self._notes
@@ -212,6 +223,8 @@ class _Work:
             notes["curve"].append(self._measure(start))
         notes["curve"].append(score)
         notes["cohorts"].append([federation.names[site] for site in facts["cohort"]])
+        if "slots" in facts:
+            notes.setdefault("slots", []).append(facts["slots"])
         for name, node in zip(federation.names, federation.nodes.values(), strict=True):
             notes["bytes_up"][name] += federation.grid.take_bytes_up(node)
             federation.grid.revive(node)
@@ -287,14 +300,18 @@ class _Work:
 
 
 @contextlib.contextmanager
-def _trainers(sites: Mapping[str, Records], workers: int) -> Iterator[dict[str, Trainer]]:
+def _trainers(case: Case, workers: int) -> Iterator[Mapping[str, Trainer]]:
     """Each site's trainer: in this process, or as Ray tasks."""
+    sites, held_out = case.sites, case.held_out
     if workers == 0:
-        yield {name: LocalTrainer(records) for name, records in sites.items()}
+        yield {
+            name: LocalTrainer(records, held_out=held_out.get(name))
+            for name, records in sites.items()
+        }
         return
     from fedward.simulations.ray_trainer import ray_trainers  # Ray is an extra
 
-    with ray_trainers(sites, workers) as trainers:
+    with ray_trainers(sites, workers, held_out=held_out) as trainers:
         yield trainers
 
 

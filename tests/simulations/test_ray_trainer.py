@@ -1,0 +1,60 @@
+"""Spread over processes the very same adapter comes out, and the very same errors."""
+
+import sys
+
+import pytest
+
+from fedward.attempt import Attempt
+from fedward.client.trainer import TrainRequest
+from fedward.errors import ConfigurationError, DataError, FedwardError, InvalidValue, PolicyRefusal
+from fedward.simulations.ray_trainer import _Failure, ray_trainers
+from fedward.tuning.records import Records
+from fedward.tuning.tuned import tuned_model
+from tests.simulations import tiny
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning:ray", "ignore::ResourceWarning")
+def test_ray_gives_the_adapter_that_this_process_gives(tmp_path, base):
+    plan, sites = tiny.make_plan(base), tiny.make_sites(3)
+    here = tiny.make_federation(tmp_path / "here", plan, tiny.recorders(sites)).run()
+    keys = {name: tiny.key(name) for name in sites}
+    with_empty = {**sites, "empty": Records(rows=(), units=())}
+    with ray_trainers(with_empty, 2, keys=keys) as trainers:
+        mine = {name: trainers[name] for name in sites}
+        there = tiny.make_federation(tmp_path / "there", plan, mine, workers=2).run()
+        request = TrainRequest(
+            plan=plan,
+            attempt=Attempt(run="r", round=1),
+            draw=0,
+            adapter=tuned_model(plan).start,
+            layout=tuned_model(plan).layout,
+        )
+        with pytest.raises(DataError, match="at least one patient"):
+            trainers["empty"].train(request)
+        with pytest.raises(DataError, match="no held-out records"):
+            trainers["a"].evaluate(plan, request.adapter)
+    assert here == there
+
+
+@pytest.mark.parametrize(
+    "error", [DataError("x"), InvalidValue("key", 1, "2"), PolicyRefusal(["one", "two"])]
+)
+def test_an_error_crosses_with_class_and_message(error: FedwardError):
+    crossed = _Failure(kind=type(error), text=str(error)).error()
+    assert type(crossed) is type(error)
+    assert str(crossed) == str(error)
+
+
+def test_without_ray_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(ConfigurationError, match=r"pip install 'fedward\[ray\]'"),
+        ray_trainers(tiny.make_sites(3), 2),
+    ):
+        pass
+
+
+def test_no_workers_no_training():
+    with pytest.raises(InvalidValue, match="workers = 0"), ray_trainers({}, 0):
+        pass
