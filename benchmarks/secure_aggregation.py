@@ -1,0 +1,391 @@
+"""What secure aggregation costs: Fedward, Flower's SecAgg+ functions and the floor, side by side.
+
+The masked-input stage of one site with d coordinates and k neighbours, interleaved in one process:
+
+- ours: round to the grid, add the self mask and k pair masks (32-bit words; 16 where said);
+- theirs: Flower's own quantize, pseudo_rand_gen, addition and modulus, on tensors of 2^18
+  coordinates, as its client calls them;
+- floor: k + 1 AES-256 keystreams into the cache and one pass over the memory, nothing added.
+
+All times are CPU time of one thread, medians with least and most. Hashing and serialising come on
+their own. Peak memory is the resident high-water mark of a fresh process without torch, input and
+output included. Whole sessions run every site for itself, small vectors, some sites dropping out.
+
+    python benchmarks/secure_aggregation.py --quick --json        # under 2 minutes
+    python benchmarks/secure_aggregation.py --json                # everything, about half an hour
+
+Finished parts are kept in --out and not run again.
+"""
+
+import fedward  # noqa: F401  # switches telemetry off before any library loads
+
+# isort: split
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedward.aggregation.fixed_point import Grid, encode
+from fedward.aggregation.masks import Words, apply_masks, fastest_mode, keystream
+from fedward.aggregation.parameters import Limits, SessionParameters
+from fedward.aggregation.session_memory import VolatileMemory
+from fedward.aggregation.site_session import SiteSession
+from fedward.aggregation.tally import Tally
+from fedward.attempt import Attempt
+from fedward.identity import Identity, Member, Roster
+from fedward.privacy.noise import SecureStream
+
+TENSOR = 1 << 18  # coordinates: a LoRA matrix of rank 64 at width 4096
+CHUNK = 1 << 18  # bytes
+TARGET = (20_000_000, 10)
+FLOWER_RANGES = (8.0, 1 << 22, 1 << 32)  # clipping, quantisation, modulus: Flower's defaults
+
+Vector = npt.NDArray[np.float32]
+Report = dict[str, Any]
+
+
+def machine() -> dict[str, str]:
+    """Where the figures come from."""
+    facts = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    names = [line.split(":")[1].strip() for line in facts.splitlines() if "model name" in line]
+    packages = ("fedward", "cryptography", "numpy", "flwr")
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "vaes": str("vaes" in facts),
+        "aes mode": fastest_mode(),
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def update_of(dimension: int) -> Vector:
+    """An update whose values matter to nobody's speed."""
+    return np.random.default_rng(0).standard_normal(dimension, dtype=np.float32)
+
+
+def keys_of(count: int) -> list[bytes]:
+    """Mask keys."""
+    return [hashlib.sha256(n.to_bytes(4, "big")).digest() for n in range(count)]
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of a call, and what it returns."""
+    start = time.process_time()
+    found = work()
+    return time.process_time() - start, found
+
+
+def ours(update: Vector, neighbours: int, word_bits: int = 32) -> tuple[Report, Words]:
+    """One site's masked input by Fedward; seconds by part."""
+    grid = Grid(clip=8.0, sites=64, word_bits=word_bits)
+    keys = keys_of(neighbours + 1)
+    half = neighbours // 2 + 1
+    rounding, words = timed(lambda: encode(update, grid, SecureStream()))
+    masks, _ = timed(lambda: apply_masks(words, add=keys[:half], subtract=keys[half:]))
+    return {"seconds": rounding + masks, "rounding": rounding, "masks": masks}, words
+
+
+def theirs(update: Vector, neighbours: int) -> tuple[float, list[npt.NDArray[Any]]]:
+    """One site's masked input by Flower 1.41, step by step as ``_collect_masked_vectors``."""
+    # Imported here and below, so that Fedward's memory is measured in a process without Flower.
+    from flwr.common.secure_aggregation import ndarrays_arithmetic as arithmetic
+    from flwr.common.secure_aggregation.quantization import quantize
+    from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
+
+    clip, target, modulus = FLOWER_RANGES
+    tensors: list[Any] = np.split(update, range(TENSOR, len(update), TENSOR))
+    seeds = keys_of(neighbours + 1)
+
+    def work() -> list[npt.NDArray[Any]]:
+        vectors = quantize(arithmetic.parameters_multiply(tensors, 1.0), clip, int(target))
+        masked: list[npt.NDArray[Any]] = arithmetic.factor_combine(int(target), vectors)
+        shapes = arithmetic.get_parameters_shape(masked)
+        masked = arithmetic.parameters_addition(
+            masked, pseudo_rand_gen(seeds[0], int(modulus), shapes)
+        )
+        for place, seed in enumerate(seeds[1:]):
+            mask = pseudo_rand_gen(seed, int(modulus), shapes)
+            operation = (
+                arithmetic.parameters_addition if place % 2 else arithmetic.parameters_subtraction
+            )
+            masked = operation(masked, mask)
+        return arithmetic.parameters_mod(masked, int(modulus))
+
+    return timed(work)
+
+
+def floor(update: Vector, neighbours: int) -> float:
+    """CPU seconds of the keystreams alone and one pass from the update into a vector of words."""
+    keys, buffer, zeros = keys_of(neighbours + 1), bytearray(CHUNK + 15), bytes(CHUNK)
+    words = np.empty(len(update), dtype=np.uint32)
+
+    def work() -> None:
+        for key in keys:
+            stream = keystream(key, 0, fastest_mode())
+            for _ in range(-(-4 * len(update) // CHUNK)):
+                stream.update_into(zeros, buffer)
+        np.copyto(words, update.view(np.uint32))
+
+    return timed(work)[0]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def stage(dimension: int, neighbours: int, repeats: int) -> Report:
+    """Every way at one size, taking turns."""
+    from flwr.common import ndarray_to_bytes
+
+    update = update_of(dimension)
+    ours(update[:1000], 2)
+    runs: dict[str, list[float]] = {}
+    sizes: dict[str, float] = {}
+    for _ in range(repeats):
+        parts, words = ours(update, neighbours)
+        hashing, _ = timed(lambda words=words: hashlib.sha256(words.data).digest())
+        unmask, _ = timed(lambda words=words: apply_masks(words, subtract=keys_of(1)))
+        sizes["ours_bytes"] = words.nbytes / dimension
+        del words
+        narrow, words = ours(update, neighbours, word_bits=16)
+        sizes["ours16_bytes"] = words.nbytes / dimension
+        del words
+        seconds, masked = theirs(update, neighbours)
+        packing, payload = timed(lambda masked=masked: [ndarray_to_bytes(a) for a in masked])
+        sizes["theirs_bytes"] = sum(map(len, payload)) / dimension
+        del payload
+        removal, _ = timed(lambda masked=masked: remove_their_mask(masked))
+        del masked
+        found = {
+            **{f"ours_{name}": value for name, value in parts.items()},
+            "ours_hash": hashing,
+            "ours_unmask": unmask,
+            "ours16_seconds": narrow["seconds"],
+            "theirs_seconds": seconds,
+            "theirs_packing": packing,
+            "theirs_unmask": removal,
+            "floor_seconds": floor(update, neighbours),
+        }
+        for name, value in found.items():
+            runs.setdefault(name, []).append(value)
+    return {**{name: spread(values) for name, values in runs.items()}, **sizes}
+
+
+def remove_their_mask(masked: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """What Flower's server does for each mask."""
+    from flwr.common.secure_aggregation import ndarrays_arithmetic as arithmetic
+    from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
+
+    mask = pseudo_rand_gen(
+        keys_of(1)[0], int(FLOWER_RANGES[2]), arithmetic.get_parameters_shape(masked)
+    )
+    return arithmetic.parameters_subtraction(masked, mask)
+
+
+def peak(way: str, dimension: int, neighbours: int) -> float:
+    """MB of a fresh process that masks one input."""
+    command = [sys.executable, __file__, "--child", way, str(dimension), str(neighbours)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603  # this file
+    return float(done.stdout)
+
+
+def high_water() -> float:
+    """MB: the largest resident size of this process since it was executed (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+def session(sites: int, dimension: int) -> Report:
+    """A whole session: every site checks everything, 5 % drop out after dealing shares."""
+    identities = [Identity(hashlib.sha256(b"%d" % n).digest()) for n in range(sites + 1)]
+    members = tuple(
+        Member(id=n, name=f"site {n}", public_key=identities[n].public_key)
+        for n in range(1, sites + 1)
+    )
+    roster = Roster(epoch=1, coordinator=identities[0].public_key, members=members)
+    parameters = SessionParameters(
+        attempt=Attempt(run="benchmark", round=1),
+        roster_hash=roster.hash(),
+        task_hash=bytes(32),
+        dimension=dimension,
+        grid=Grid(clip=1.0, sites=sites, word_bits=32),
+        colluders=sites // 20,
+        dropouts=sites // 20,
+        minimum=sites * 2 // 3,
+    )
+    there = {
+        n: SiteSession(
+            identity=identities[n],
+            site=n,
+            roster=roster,
+            limits=Limits(),
+            memory=VolatileMemory(),
+            expected=parameters,
+        )
+        for n in range(1, sites + 1)
+    }
+    inputs = {n: np.full(dimension, n, dtype=np.uint32) for n in there}
+    tally = Tally(parameters=parameters, roster=roster)
+    return exchanges(there, inputs, tally, lost=sites // 20)
+
+
+def exchanges(
+    there: Mapping[int, SiteSession], inputs: Mapping[int, Words], tally: Tally, lost: int
+) -> Report:
+    """Run the five exchanges; CPU seconds of a site and of the coordinator in each."""
+    report: Report = {"sites": len(there), "site_ms": {}, "coordinator_ms": {}, "up_bytes": {}}
+    expected = sum(n for n in there if n > lost) % 2**32
+    begin = time.perf_counter()
+    todo, vectors = dict.fromkeys(there, tally.request()), dict[int, Words]()
+
+    def ask(name: str, site: int, message: bytes) -> bytes:
+        if name == "masked":
+            header, vectors[site] = there[site].masked(message, inputs[site])
+            return header
+        answer: bytes = getattr(there[site], name)(message)
+        return answer
+
+    def take(name: str, site: int, reply: bytes) -> None:
+        if name == "masked":
+            tally.add_masked(site, reply, vectors.pop(site))
+        else:
+            getattr(tally, f"add_{name}")(site, reply)
+
+    for name, close in (
+        ("hello", tally.close_hellos),
+        ("shares", tally.close_shares),
+        ("masked", tally.close_masked),
+        ("consistency", tally.close_consistency),
+        ("unmask", tally.result),
+    ):
+        if name == "masked":
+            todo = {site: message for site, message in todo.items() if site > lost}
+        at_sites = at_tally = 0.0
+        for site, message in todo.items():
+            spent, reply = timed(lambda n=name, s=site, m=message: ask(n, s, m))
+            taken, _ = timed(lambda n=name, s=site, r=reply: take(n, s, r))
+            at_sites, at_tally = at_sites + spent, at_tally + taken
+            report["up_bytes"][name] = len(reply)
+        closing, result = timed(close)
+        report["site_ms"][name] = 1000 * at_sites / len(todo)
+        report["coordinator_ms"][name] = 1000 * (at_tally + closing)
+        print(f"  {len(there)} sites: {name} done after {time.perf_counter() - begin:.0f} s")
+        todo = result if name != "unmask" else todo
+    report["seconds"] = time.perf_counter() - begin
+    report["exact"] = bool((result.words == expected).all())
+    return report
+
+
+def work_through(options: argparse.Namespace) -> Report:
+    """Run every part that is not in the file of finished ones."""
+    done: Report = {}
+    if not options.quick and options.out.exists():
+        done = json.loads(options.out.read_text())
+
+    def part(name: str, work: Callable[[], Any]) -> None:
+        known = name in done
+        print(f"{name}{' (kept)' if known else ''}", flush=True)
+        if known:
+            return
+        done[name] = work()
+        if not options.quick:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(done, indent=1) + "\n")
+
+    sizes = [1_000_000] if options.quick else [1_000_000, 20_000_000, 100_000_000]
+    cells = [(d, k) for d in sizes for k in (2, 10, 50)]
+    for d, k in [*cells, TARGET] if options.quick else cells:
+        few = 2 if options.quick or d == 100_000_000 else 5
+        part(f"stage {d} {k}", lambda d=d, k=k, few=few: stage(d, k, few))
+    for way in ("ours", "ours16", "theirs"):
+        part(f"peak {way}", lambda way=way: peak(way, *TARGET))
+    for n in (100,) if options.quick else (100, 1000):
+        part(f"session {n}", lambda n=n: session(n, 1000))
+    return done
+
+
+def show(done: Report) -> None:
+    """Tables of what was measured."""
+    print("\nclient CPU seconds, median (least-most); unmask: the server's, one mask")
+    print("| d | k | Fedward | 16-bit | Flower | floor | Flower / Fedward | unmask | Flower's |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, found in done.items():
+        if not name.startswith("stage"):
+            continue
+        _, d, k = name.split()
+        columns = ["ours_seconds", "ours16_seconds", "theirs_seconds", "floor_seconds"]
+        times = [
+            f"{found[c]['median']:.4f} ({found[c]['least']:.4f}-{found[c]['most']:.4f})"
+            for c in columns
+        ]
+        ratio = found["theirs_seconds"]["median"] / found["ours_seconds"]["median"]
+        unmask = [f"{found[f'{w}_unmask']['median']:.4f}" for w in ("ours", "theirs")]
+        print("|", " | ".join([f"{int(d):,}", k, *times, f"{ratio:.1f}", *unmask]), "|")
+    for name, found in done.items():
+        if name.startswith("session"):
+            print(f"{name}: {found['seconds']:.1f} s in all, exact {found['exact']}")
+            for side in ("site_ms", "coordinator_ms"):
+                print(f"  {side}: { ({k: round(v, 1) for k, v in found[side].items()}) }")
+
+
+def figures(done: Report) -> Report:
+    """The figures that the design asks for, at d = 20 M and k = 10."""
+    found = done["stage {} {}".format(*TARGET)]
+    seconds = found["ours_seconds"]["median"]
+    return {
+        "dimension": TARGET[0],
+        "neighbours": TARGET[1],
+        "mask_seconds": seconds,
+        "hash_seconds": found["ours_hash"]["median"],
+        "flower_ratio": found["theirs_seconds"]["median"] / seconds,
+        "floor_share": found["floor_seconds"]["median"] / seconds,
+        "peak_mb": done["peak ours"],
+        "flower_peak_mb": done["peak theirs"],
+        "bytes_a_parameter": found["ours_bytes"],
+        "flower_bytes_a_parameter": found["theirs_bytes"],
+        "session_100_seconds": done["session 100"]["seconds"],
+        "session_1000_seconds": done.get("session 1000", {}).get("seconds"),
+    }
+
+
+def main() -> None:
+    """Read the options, measure what is missing and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, repeats and sites")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/secure-aggregation.json"))
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        way, dimension, neighbours = options.child
+        update = update_of(int(dimension))
+        if way == "theirs":
+            theirs(update, int(neighbours))
+        else:
+            ours(update, int(neighbours), word_bits=16 if way == "ours16" else 32)
+        print(high_water())
+        return
+    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    done = work_through(options)
+    show(done)
+    if options.json:
+        print(json.dumps({"machine": machine(), **figures(done)}))
+
+
+if __name__ == "__main__":
+    main()
