@@ -1,0 +1,141 @@
+"""What a federation is worth: against each site alone, all data in one place, and TF-IDF.
+
+A grid of cells, each one training (task, seed, with or without privacy, way) by the house's own
+code. A cell's scores of every test example are kept as soon as they are known; a finished cell is
+never run again, and an interrupted federation goes on at its last round.
+
+    python benchmarks/first_federation.py --list              # what there is, and what is done
+    python benchmarks/first_federation.py --markdown          # everything, about two hours
+    python benchmarks/first_federation.py --cells demo,'medquad.0.dp.*' --seeds 0,1
+    python benchmarks/first_federation.py --quick --json      # a short demo, under two minutes
+"""
+
+import fedward  # noqa: F401  # switches telemetry off before any library loads
+
+# isort: split
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from federation_grid.cells import TASKS, Cell, Grid, grid
+from federation_grid.tables import checks, compare, figures, markdown
+
+from fedward.errors import ConfigurationError, FedwardError
+from fedward.plan import Plan
+
+
+def machine() -> dict[str, str]:
+    """Where the figures come from."""
+    facts = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    names = [line.split(":")[1].strip() for line in facts.splitlines() if "model name" in line]
+    packages = ("fedward", "torch", "transformers", "peft", "opacus", "flwr", "scikit-learn")
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": str(os.cpu_count()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def choose(patterns: str, seeds: str | None, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells whose task or name one of the comma-separated patterns matches.
+
+    Raises:
+        ConfigurationError: A pattern or the seeds match nothing.
+    """
+    wanted = None if seeds is None else {int(seed) for seed in seeds.split(",")}
+    chosen: set[Cell] = set()
+    for pattern in patterns.split(","):
+        matching = {c for c in cells if c.task == pattern or fnmatch.fnmatch(c.name, pattern)}
+        matching = {c for c in matching if wanted is None or c.seed in wanted}
+        if not matching:
+            raise ConfigurationError(
+                f"no cell {pattern!r}{'' if seeds is None else f' with seeds {seeds}'}: expected a "
+                f"task ({', '.join(TASKS)}) or a pattern over the names that --list shows"
+            )
+        chosen |= matching
+    return [cell for cell in cells if cell in chosen]
+
+
+def short_demo(plan: Plan) -> Plan:
+    """Two rounds of the demo: enough to see every part work, not what it reaches."""
+    return dataclasses.replace(plan, rounds=dataclasses.replace(plan.rounds, count=2, spare=0))
+
+
+def work_through(results: Grid, cells: Sequence[Cell]) -> None:
+    """Run what is not done yet, and say what each cell came to."""
+    for number, cell in enumerate(cells, start=1):
+        known = results.result(cell)
+        found = known or results.run(cell)
+        note = "kept" if known else f"{found['seconds']:.0f} s, load {found['load']}"
+        print(f"[{number}/{len(cells)}] {cell.name}: {found['mean']:.4f} ({note})", flush=True)
+
+
+def report(results: Grid, options: argparse.Namespace) -> None:
+    """Print what the finished cells say together."""
+    cells = {cell.name: found for cell in grid() if (found := results.result(cell)) is not None}
+    pairs = [(task, private) for task in TASKS for private in (True, False)]
+    comparisons = [c for pair in pairs if (c := compare(*pair, cells)) is not None]
+    held = {
+        name: holds for c in comparisons if c.task == "demo" for name, holds in checks(c).items()
+    }
+    print("accuracy, or loss for sft: median over seeds (least-most); 95 % paired intervals")
+    for c in comparisons:
+        means = {way: round(float(np.mean(each)), 3) for way, each in c.means.items()}
+        print(f"{c.task} {'DP' if c.private else 'no privacy'}: {means}")
+    for name, holds in held.items():
+        print(f"{'holds' if holds else 'FAILS'}: {name}")
+    if options.markdown:
+        print(markdown(comparisons))
+    if options.json:
+        numbers = figures(comparisons)
+        print(json.dumps({"machine": machine(), "figures": numbers, "checks": held}))
+
+
+def main() -> None:
+    """Read the options, run what is missing and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="data sets")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/first-federation"))
+    parser.add_argument("--cells", default="*", help="tasks or patterns of names, with commas")
+    parser.add_argument("--seeds", help="only these, with commas between")
+    parser.add_argument("--list", action="store_true", help="show the cells and which are done")
+    parser.add_argument("--markdown", action="store_true", help="print tables for the docs")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--quick", action="store_true", help="a short demo that is not kept")
+    options = parser.parse_args()
+    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="fedward-") as scratch:
+            folder: Path = Path(scratch) if options.quick else options.out
+            folder.mkdir(parents=True, exist_ok=True)
+            shorten = short_demo if options.quick else lambda plan: plan
+            results = Grid(folder, options.data, shorten)
+            cells = choose(
+                "demo" if options.quick else options.cells,
+                "0" if options.quick else options.seeds,
+                grid(),
+            )
+            if options.list:
+                for cell in cells:
+                    print(f"{'done' if results.result(cell) else 'open'} {cell.name}")
+                return
+            work_through(results, cells)
+            report(results, options)
+    except FedwardError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
