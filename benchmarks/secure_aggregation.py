@@ -31,12 +31,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from flower_secaggplus import mask, remove_mask, serialise
 
 from fedward.aggregation.fixed_point import Grid, encode
 from fedward.aggregation.masks import Words, apply_masks, fastest_mode, keystream
@@ -48,10 +50,8 @@ from fedward.attempt import Attempt
 from fedward.identity import Identity, Member, Roster
 from fedward.privacy.noise import SecureStream
 
-TENSOR = 1 << 18  # coordinates: a LoRA matrix of rank 64 at width 4096
 CHUNK = 1 << 18  # bytes
 TARGET = (20_000_000, 10)
-FLOWER_RANGES = (8.0, 1 << 22, 1 << 32)  # clipping, quantisation, modulus: Flower's defaults
 
 Vector = npt.NDArray[np.float32]
 Report = dict[str, Any]
@@ -82,10 +82,10 @@ def keys_of(count: int) -> list[bytes]:
     return [hashlib.sha256(n.to_bytes(4, "big")).digest() for n in range(count)]
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(work: Callable[..., Any], *arguments: object) -> tuple[float, Any]:
     """CPU seconds of a call, and what it returns."""
     start = time.process_time()
-    found = work()
+    found = work(*arguments)
     return time.process_time() - start, found
 
 
@@ -97,35 +97,6 @@ def ours(update: Vector, neighbours: int, word_bits: int = 32) -> tuple[Report, 
     rounding, words = timed(lambda: encode(update, grid, SecureStream()))
     masks, _ = timed(lambda: apply_masks(words, add=keys[:half], subtract=keys[half:]))
     return {"seconds": rounding + masks, "rounding": rounding, "masks": masks}, words
-
-
-def theirs(update: Vector, neighbours: int) -> tuple[float, list[npt.NDArray[Any]]]:
-    """One site's masked input by Flower 1.41, step by step as ``_collect_masked_vectors``."""
-    # Imported here and below, so that Fedward's memory is measured in a process without Flower.
-    from flwr.common.secure_aggregation import ndarrays_arithmetic as arithmetic
-    from flwr.common.secure_aggregation.quantization import quantize
-    from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
-
-    clip, target, modulus = FLOWER_RANGES
-    tensors: list[Any] = np.split(update, range(TENSOR, len(update), TENSOR))
-    seeds = keys_of(neighbours + 1)
-
-    def work() -> list[npt.NDArray[Any]]:
-        vectors = quantize(arithmetic.parameters_multiply(tensors, 1.0), clip, int(target))
-        masked: list[npt.NDArray[Any]] = arithmetic.factor_combine(int(target), vectors)
-        shapes = arithmetic.get_parameters_shape(masked)
-        masked = arithmetic.parameters_addition(
-            masked, pseudo_rand_gen(seeds[0], int(modulus), shapes)
-        )
-        for place, seed in enumerate(seeds[1:]):
-            mask = pseudo_rand_gen(seed, int(modulus), shapes)
-            operation = (
-                arithmetic.parameters_addition if place % 2 else arithmetic.parameters_subtraction
-            )
-            masked = operation(masked, mask)
-        return arithmetic.parameters_mod(masked, int(modulus))
-
-    return timed(work)
 
 
 def floor(update: Vector, neighbours: int) -> float:
@@ -150,26 +121,26 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def stage(dimension: int, neighbours: int, repeats: int) -> Report:
     """Every way at one size, taking turns."""
-    from flwr.common import ndarray_to_bytes
-
     update = update_of(dimension)
-    ours(update[:1000], 2)
+    # Once for nothing: a virtual machine gets each page from its host on the first touch, ever.
+    ours(update, 2)
+    mask(update, keys_of(2))
     runs: dict[str, list[float]] = {}
     sizes: dict[str, float] = {}
     for _ in range(repeats):
         parts, words = ours(update, neighbours)
-        hashing, _ = timed(lambda words=words: hashlib.sha256(words.data).digest())
-        unmask, _ = timed(lambda words=words: apply_masks(words, subtract=keys_of(1)))
+        hashing, _ = timed(hashlib.sha256, words.data)
+        unmask, _ = timed(partial(apply_masks, subtract=keys_of(1)), words)
         sizes["ours_bytes"] = words.nbytes / dimension
         del words
         narrow, words = ours(update, neighbours, word_bits=16)
         sizes["ours16_bytes"] = words.nbytes / dimension
         del words
-        seconds, masked = theirs(update, neighbours)
-        packing, payload = timed(lambda masked=masked: [ndarray_to_bytes(a) for a in masked])
+        seconds, masked = timed(mask, update, keys_of(neighbours + 1))
+        packing, payload = timed(serialise, masked)
         sizes["theirs_bytes"] = sum(map(len, payload)) / dimension
         del payload
-        removal, _ = timed(lambda masked=masked: remove_their_mask(masked))
+        removal, _ = timed(remove_mask, masked, keys_of(1)[0])
         del masked
         found = {
             **{f"ours_{name}": value for name, value in parts.items()},
@@ -186,28 +157,12 @@ def stage(dimension: int, neighbours: int, repeats: int) -> Report:
     return {**{name: spread(values) for name, values in runs.items()}, **sizes}
 
 
-def remove_their_mask(masked: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """What Flower's server does for each mask."""
-    from flwr.common.secure_aggregation import ndarrays_arithmetic as arithmetic
-    from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
-
-    mask = pseudo_rand_gen(
-        keys_of(1)[0], int(FLOWER_RANGES[2]), arithmetic.get_parameters_shape(masked)
-    )
-    return arithmetic.parameters_subtraction(masked, mask)
-
-
 def peak(way: str, dimension: int, neighbours: int) -> float:
-    """MB of a fresh process that masks one input."""
-    command = [sys.executable, __file__, "--child", way, str(dimension), str(neighbours)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603  # this file
+    """MB of a fresh process that masks one input (``mask_once.py``)."""
+    child = Path(__file__).with_name("mask_once.py")
+    command = [sys.executable, str(child), way, str(dimension), str(neighbours)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603  # own file
     return float(done.stdout)
-
-
-def high_water() -> float:
-    """MB: the largest resident size of this process since it was executed (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def session(sites: int, dimension: int) -> Report:
@@ -277,8 +232,8 @@ def exchanges(
             todo = {site: message for site, message in todo.items() if site > lost}
         at_sites = at_tally = 0.0
         for site, message in todo.items():
-            spent, reply = timed(lambda n=name, s=site, m=message: ask(n, s, m))
-            taken, _ = timed(lambda n=name, s=site, r=reply: take(n, s, r))
+            spent, reply = timed(ask, name, site, message)
+            taken, _ = timed(take, name, site, reply)
             at_sites, at_tally = at_sites + spent, at_tally + taken
             report["up_bytes"][name] = len(reply)
         closing, result = timed(close)
@@ -297,12 +252,12 @@ def work_through(options: argparse.Namespace) -> Report:
     if not options.quick and options.out.exists():
         done = json.loads(options.out.read_text())
 
-    def part(name: str, work: Callable[[], Any]) -> None:
+    def part(name: str, work: Callable[..., Any], *arguments: object) -> None:
         known = name in done
         print(f"{name}{' (kept)' if known else ''}", flush=True)
         if known:
             return
-        done[name] = work()
+        done[name] = work(*arguments)
         if not options.quick:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(done, indent=1) + "\n")
@@ -310,12 +265,12 @@ def work_through(options: argparse.Namespace) -> Report:
     sizes = [1_000_000] if options.quick else [1_000_000, 20_000_000, 100_000_000]
     cells = [(d, k) for d in sizes for k in (2, 10, 50)]
     for d, k in [*cells, TARGET] if options.quick else cells:
-        few = 2 if options.quick or d == 100_000_000 else 5
-        part(f"stage {d} {k}", lambda d=d, k=k, few=few: stage(d, k, few))
+        few = 3 if options.quick or d == 100_000_000 else 5
+        part(f"stage {d} {k}", stage, d, k, few)
     for way in ("ours", "ours16", "theirs"):
-        part(f"peak {way}", lambda way=way: peak(way, *TARGET))
+        part(f"peak {way}", peak, way, *TARGET)
     for n in (100,) if options.quick else (100, 1000):
-        part(f"session {n}", lambda n=n: session(n, 1000))
+        part(f"session {n}", session, n, 1000)
     return done
 
 
@@ -369,17 +324,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer sizes, repeats and sites")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/secure-aggregation.json"))
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        way, dimension, neighbours = options.child
-        update = update_of(int(dimension))
-        if way == "theirs":
-            theirs(update, int(neighbours))
-        else:
-            ours(update, int(neighbours), word_bits=16 if way == "ours16" else 32)
-        print(high_water())
-        return
     print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
     done = work_through(options)
     show(done)
