@@ -6,6 +6,7 @@ Each actor is one process with one thread and one loaded model, and serves some 
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -148,6 +149,8 @@ class _RayTrainer:
 
 def _start(workers: int) -> Any:  # noqa: ANN401  # a module
     """Ray, started; imported here because it is an extra."""
+    # Despite its name it is what makes Ray listen on loopback alone, if it is there at the import.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
     except ImportError as error:
@@ -162,7 +165,6 @@ def _start(workers: int) -> Any:  # noqa: ANN401  # a module
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": _THREADS},
-            _node_ip_address="127.0.0.1",
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigurationError(f"Ray does not start: {error}") from error

@@ -1,6 +1,7 @@
 """Spread over processes the very same adapter comes out, and the very same errors."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,17 @@ from fedward.tuning.tuned import tuned_model
 from tests.simulations import tiny
 
 
+LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+LISTENING = "0A"
+
+
+def listeners():
+    """Addresses and ports, as the kernel writes them, on which this machine listens."""
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    return {line[1] for line in lines if line[3] == LISTENING}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:ray", "ignore::ResourceWarning")
 def test_ray_gives_the_adapter_that_this_process_gives(tmp_path, base):
@@ -20,7 +32,11 @@ def test_ray_gives_the_adapter_that_this_process_gives(tmp_path, base):
     here = tiny.make_federation(tmp_path / "here", plan, tiny.recorders(sites)).run()
     keys = {name: tiny.key(name) for name in sites}
     with_empty = {**sites, "empty": Records(rows=(), units=())}
+    before = listeners()
     with ray_trainers(with_empty, 2, keys=keys) as trainers:
+        added = listeners() - before
+        assert added
+        assert all(address.startswith(LOOPBACK) for address in added), "nobody else can connect"
         mine = {name: trainers[name] for name in sites}
         there = tiny.make_federation(tmp_path / "there", plan, mine, workers=2).run()
         request = TrainRequest(
