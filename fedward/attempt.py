@@ -26,11 +26,11 @@ class Attempt:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        if not 1 <= len(self.run) <= 128:
+        if type(self.run) is not str or not 1 <= len(self.run) <= 128:
             raise InvalidValue("run", self.run, "1 to 128 characters")
         names = ("round", "session", "attempt")
         for key, value in zip(names, self.order, strict=True):
-            if not 1 <= value < 2**31:
+            if type(value) is not int or not 1 <= value < 2**31:
                 raise InvalidValue(key, value, "1 to 2^31 - 1")
 
     @property

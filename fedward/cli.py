@@ -87,7 +87,7 @@ def simulate(
     from fedward.simulations.case import Options
     from fedward.simulations.simulate import run_simulation
 
-    disable_progress_bar()  # ours shows the whole run
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs; ours shows the whole run
     console = Console(stderr=json_output, quiet=json_output)
     options = Options(
         plan=plan,

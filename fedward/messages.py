@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedward.attempt import Attempt
 from fedward.canonical import canonical_json
-from fedward.errors import ConfigurationError, IdentityError, SiteCode
+from fedward.errors import ConfigurationError, IdentityError, InvalidValue, SiteCode
 from fedward.identity import Identity, verify
 
 SESSION_ACTIONS = ("hello", "shares", "masked", "consistency", "unmask")
@@ -49,6 +49,13 @@ class Letter:
     site: int
     code: SiteCode | None = None
     parts: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what a signed header may hold."""
+        if type(self.action) is not str or self.action not in MESSAGE_TYPES:
+            raise InvalidValue("action", self.action, f"one of {', '.join(MESSAGE_TYPES)}")
+        if type(self.site) is not int:
+            raise InvalidValue("site", self.site, "a whole number")
 
     def part(self, name: str) -> bytes:
         """A part by name.
@@ -107,9 +114,10 @@ def open_letter(records: RecordDict, public_key: bytes, sender: Sender) -> Lette
             code=None if fields["code"] is None else SiteCode(fields["code"]),
             parts=parts,
         )
-    except (ValueError, KeyError, TypeError, ConfigurationError) as error:
+        same = letter.header() == header
+    except (ValueError, KeyError, TypeError, RecursionError, ConfigurationError) as error:
         raise IdentityError("a signed letter is malformed") from error
-    if letter.action not in MESSAGE_TYPES or letter.header() != header:
+    if not same:
         raise IdentityError("a letter's parts are not the ones its sender signed")
     return letter
 

@@ -251,7 +251,7 @@ class Privacy:
     Args:
         epsilon: > 0; ``inf`` switches privacy off and is refused outside simulation.
         delta: 0 < delta < 0.1; at most 1 / (10 x patients) is customary.
-        clip: L2 bound of one unit's gradient, > 0.
+        clip: L2 bound of one unit's gradient, 1e-6 to 1e6.
         records_per_unit: At most so many records of one unit in a step, 1 to 1000.
     """
 
@@ -264,7 +264,7 @@ class Privacy:
         """Check every limit."""
         _check(self.epsilon > 0, "epsilon", self.epsilon, "above 0, or inf for no privacy")
         _check(0 < self.delta < 0.1, "delta", self.delta, "above 0 and below 0.1")
-        _check(0 < self.clip < math.inf, "clip", self.clip, "a number above 0")
+        _check(1e-6 <= self.clip <= 1e6, "clip", self.clip, "1e-6 to 1e6")
         records = self.records_per_unit
         _check(1 <= records <= 1000, "records_per_unit", records, "1 to 1000")
 

@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedward.aggregation import shamir, wire
 from fedward.aggregation.cohort import Cohort, PinnedKeys, form_cohort, hello_fields
-from fedward.aggregation.envelopes import agree
+from fedward.aggregation.envelopes import agree, signed_fields
+from fedward.aggregation.graph import COMPLETE_UP_TO
 from fedward.aggregation.masks import Words, apply_masks, check_vector
 from fedward.aggregation.parameters import SessionParameters
 from fedward.aggregation.published import SumResult
@@ -109,7 +110,8 @@ class Tally:
         """R1: keep a dealer's envelopes for their holders.
 
         Raises:
-            SiteFault: Not a site of the cohort, or not one envelope for each neighbour.
+            SiteFault: Not a site of the cohort, not one envelope for each neighbour, or (up to 128
+                sites) one whose signature does not hold.
             ProtocolError: Malformed or late.
         """
         shares = wire.decode_shares(message)
@@ -119,6 +121,13 @@ class Tally:
             raise SiteFault(site, "it is not in the cohort")
         if [s.holder for s in shares.sealed] != list(self._cohort.graph.neighbours(site)):
             raise SiteFault(site, "its envelopes are not for its neighbours")
+        if len(self._cohort.hellos) <= COMPLETE_UP_TO:
+            # Every holder would end its session over a bad one. On a ring there are too many to
+            # check here, and only a dealer's neighbours are lost.
+            for holder, *sealed in shares.sealed:
+                envelope = wire.Envelope(site, shares.seed_commitment, *sealed)
+                fields = signed_fields(self._cohort, holder, envelope)
+                self._pinned.verify(site, envelope.signature, "R1", *fields)
         self._shares[site] = shares
         self._sealed[site] = {sealed.holder: sealed for sealed in shares.sealed}
         self._note("R1", site, message)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,6 +65,7 @@ _CODES: dict[type[Exception], SiteCode] = {
 _LIBRARY_ERRORS = (
     ArithmeticError,
     AssertionError,
+    AttributeError,
     LookupError,
     MemoryError,
     OSError,
@@ -183,7 +185,14 @@ class Agent:
         if newest is not None and attempt.order <= newest:
             return SiteCode.REFUSED_STALE
         self._policy.check(plan)
+        if attempt.round > plan.rounds.count:
+            raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
         self._check_adapter(letter, plan, layout)
+        draw = self._ledger.spent_in(attempt)
+        request = TrainRequest(
+            plan=plan, attempt=attempt, draw=draw, adapter=adapter, layout=layout
+        )
+        self._trainer.prepare(request)  # before the ledger commits a whole run to this plan
         self._ledger.open_run(
             attempt.run,
             plan.hash(),
@@ -191,11 +200,7 @@ class Agent:
             plan.rounds.count + plan.rounds.spare,
             metrics=metric_event(plan),
         )
-        draw = self._ledger.spent_in(attempt)
         self._ledger.reserve(attempt)
-        request = TrainRequest(
-            plan=plan, attempt=attempt, draw=draw, adapter=adapter, layout=layout
-        )
         result = self._held(request) or self._trainer.train(request)
         expected = planned_session(
             plan,
@@ -240,7 +245,8 @@ class Agent:
     def _check_adapter(self, letter: Letter, plan: Plan, layout: Layout) -> None:
         """Recompute this round's adapter from the last one and the published sum (DESIGN §3.7).
 
-        A coordinator that hands out other weights than the rule gives is refused. A site that
+        It proves the arithmetic, and that the cohort is the one this site signed; that the words
+        are the session's sum only a comparison of transcripts between sites can show. A site that
         missed the round before has nothing to recompute from and relies on the task hash, which
         binds all sites of a session to the same adapter.
         """
@@ -251,23 +257,35 @@ class Agent:
             raise ProtocolError("the adapter changed between two attempts at one round")
         if last.attempt.round != attempt.round - 1:
             return
-        cohort = tuple(json.loads(letter.part("cohort")))
+        cohort = self._cohort(letter.part("cohort"), plan)
         if last.outcome is not None and last.outcome.survivors != cohort:
             raise ProtocolError("the published cohort is not the one this site signed")
-        if len(cohort) < plan.cohort.minimum or not set(cohort) <= self._roster_ids():
-            raise ProtocolError("the published cohort is too small or not from the roster")
         start = vector_of(last.adapter, layout)
         parameters = planned_session(
             plan, self._roster, last.attempt, task_hash=bytes(32), dimension=len(start)
         )
         words = np.frombuffer(letter.part("sum"), dtype=parameters.grid.dtype)
         total, _ = unpack(words, parameters)
+        bound = len(cohort) * (parameters.grid.clip + parameters.grid.gamma * math.sqrt(len(start)))
+        if float(np.linalg.norm(total)) > bound:
+            raise ProtocolError("the published sum is longer than its sites' updates can be")
         expected = replace_vector(last.adapter, layout, next_vector(start, total / len(cohort)))
         if expected != adapter:
             raise ProtocolError("the adapter is not what the published sum gives")
 
-    def _roster_ids(self) -> set[int]:
-        return {member.id for member in self._roster.members}
+    def _cohort(self, data: bytes, plan: Plan) -> tuple[int, ...]:
+        """Read a published cohort: ids of the roster, ascending, at least the minimum."""
+        try:
+            cohort = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError("the published cohort is not JSON") from error
+        known = {member.id for member in self._roster.members}
+        holds = isinstance(cohort, list) and all(type(site) is int for site in cohort)
+        if not holds or cohort != sorted(known.intersection(cohort)):
+            raise ProtocolError("the published cohort is not ascending ids of the roster")
+        if len(cohort) < plan.cohort.minimum:
+            raise ProtocolError("the published cohort is smaller than the minimum")
+        return tuple(cohort)
 
     def _exchange(self, letter: Letter) -> Mapping[str, bytes]:
         """One exchange of the session that the last task opened."""
@@ -278,28 +296,37 @@ class Agent:
         if letter.action == "masked":
             header, words = session.masked(message, self._words(work))
             return {"message": header, "words": words.tobytes()}
-        if letter.action == "unmask":
-            released = session.unmask(message)
-            if self._model is not None:
-                self._model = dataclasses.replace(self._model, outcome=session.outcome)
-            return {"message": released}
         steps = {
             "hello": session.hello,
             "shares": session.shares,
             "consistency": session.consistency,
+            "unmask": session.unmask,
         }
-        return {"message": steps[letter.action](message)}
+        answer = steps[letter.action](message)
+        if self._model is not None:  # known from the moment that this site has signed it
+            self._model = dataclasses.replace(self._model, outcome=session.outcome)
+        return {"message": answer}
 
     def _words(self, work: _Work) -> Words:
         """The update on the grid: clipped as a whole, rounded by the site's own secret stream."""
         update = clip_update(work.result.update, work.plan.aggregation.update_clip)
-        stream = self._secret.child("rounding", work.attempt.run, f"{work.attempt.order}")
+        attempt = work.attempt  # its number does not count: the same update is rounded alike
+        position = f"{attempt.round}/{attempt.session}/{work.draw}"
+        stream = self._secret.child("rounding", attempt.run, position)
         return pack(update, work.result.slots, work.expected, stream)
 
     def _evaluate(self, letter: Letter) -> SiteCode:
-        """Evaluate an adapter for the site itself; only the code leaves."""
-        plan = from_json(letter.part("plan"))
-        self._policy.check(plan)
-        metrics = self._trainer.evaluate(plan, letter.part("adapter"))
-        _LOG.info("round %d: loss %.4f on own held-out records", letter.attempt.round, metrics.loss)
+        """Evaluate an adapter for the site itself, under the plan that its ledger knows.
+
+        The answer is always the same: how it went would be an exact statement about patients.
+        """
+        plan, attempt = from_json(letter.part("plan")), letter.attempt
+        if self._ledger.plan_of(attempt.run) != plan.hash():
+            return SiteCode.REFUSED_PLAN
+        try:
+            metrics = self._trainer.evaluate(plan, letter.part("adapter"))
+        except (FedwardError, *_LIBRARY_ERRORS) as error:
+            _LOG.warning("round %d: no evaluation: %s", attempt.round, type(error).__name__)
+        else:
+            _LOG.info("round %d: loss %.4f on own held-out records", attempt.round, metrics.loss)
         return SiteCode.DONE

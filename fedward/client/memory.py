@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Self
 
 from fedward.attempt import Attempt
+from fedward.errors import LedgerError
 from fedward.identity import Identity
 from fedward.privacy.chain import Chain
 from fedward.privacy.ledger import Ledger
@@ -18,12 +19,19 @@ class SiteMemory:
     Args:
         chain: The file, held by this memory alone.
         ledger: The site's open ledger.
+
+    Raises:
+        LedgerError: The ledger is gone while the memory of its sessions is there.
     """
 
     def __init__(self, chain: Chain, ledger: Ledger) -> None:
         self._chain, self._ledger = chain, ledger
         self._newest: dict[str, tuple[int, int, int]] = {}
         self._signed: dict[str, str] = {}
+        if chain.entries and ledger.head[0] == 0:
+            raise LedgerError(
+                "this site remembers sessions, but its ledger is empty: restore the ledger"
+            )
         for entry in chain.entries:
             if entry["kind"] == "begin":
                 first, second, third = entry["order"]

@@ -6,6 +6,7 @@ trainer opens no connection, so that it can later live in a process without a ne
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from fedward.attempt import Attempt
+from fedward.canonical import digest
 from fedward.client.metric_slots import metric_slots
-from fedward.errors import DataError, ModelError
+from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.plan import Plan
 from fedward.privacy.accounting import SampledGaussian, noise_multiplier
 from fedward.privacy.noise import SecureStream
@@ -26,12 +29,15 @@ from fedward.privacy.training import train_steps
 from fedward.tuning.adapter import flatten, from_bytes, load_adapter
 from fedward.tuning.metrics import Metrics, evaluate
 from fedward.tuning.objectives import Encoded, collate, encode, loss_per_example
-from fedward.tuning.records import Records
+from fedward.tuning.records import Records, merge, select
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.tuners import trainable
 from fedward.tuning.vector import Layout
 
 _LOG = logging.getLogger(__name__)
+
+Units = Sequence[Sequence[int]]
+"""For each unit the numbers of its records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +73,35 @@ class TrainResult:
 
 
 class Trainer(Protocol):
-    """What an agent needs from the process that holds the data."""
+    """What an agent needs from the process that holds the data.
+
+    Whether and how a method fails never depends on a record, with one exception that stays at the
+    site: :meth:`evaluate`.
+    """
+
+    def prepare(self, request: TrainRequest) -> None:
+        """Load the plan's model and compare it with the request, before anything is reserved.
+
+        Raises:
+            ModelError: The model is not the plan's, the adapter does not fit it, or round 1 does
+                not start where the plan says.
+        """
+        ...
 
     def train(self, request: TrainRequest) -> TrainResult:
         """Train as the plan says and return the update.
 
         Raises:
-            DataError: The site's records do not fit the plan.
             ModelError: The model is not the plan's, or training failed.
         """
         ...
 
     def evaluate(self, plan: Plan, adapter: bytes) -> Metrics:
-        """Evaluate an adapter on the site's own held-out records; stays at the site."""
+        """Evaluate an adapter on the site's own held-out records; stays at the site.
+
+        Raises:
+            DataError: There are none, or none fits the plan.
+        """
         ...
 
 
@@ -93,6 +115,9 @@ class LocalTrainer:
             it; left out, it is drawn from the operating system.
         device: A torch device, for example ``cpu`` or ``cuda``.
         physical_batch: Most examples in memory at once; does not change the result.
+
+    Raises:
+        DataError: No records: a site needs at least one patient.
     """
 
     def __init__(
@@ -104,10 +129,26 @@ class LocalTrainer:
         device: str = "cpu",
         physical_batch: int = 64,
     ) -> None:
+        if not records.units:
+            raise DataError("this site has no training records: expected at least one patient")
         self._records, self._held_out = records, held_out
-        self._secret = SecureStream(key)
+        self._secret, self._fixed = SecureStream(key), key is not None
         self._device, self._physical_batch = device, physical_batch
-        self._encoded: dict[tuple[bytes, bool], Encoded] = {}
+        self._encoded: dict[tuple[bytes, bool], tuple[Units, Encoded]] = {}
+
+    def prepare(self, request: TrainRequest) -> None:
+        """See :meth:`Trainer.prepare`."""
+        tuned = tuned_model(request.plan, self._device)
+        if tuned.layout != request.layout:
+            raise ModelError("the task's trainable tensors are not those of this site's model")
+        state = from_bytes(request.adapter)
+        load_adapter(tuned.model, state)
+        if request.attempt.round > 1:
+            return
+        for name, first in from_bytes(tuned.start).items():
+            # Not bit for bit: ffa's orthonormal A may differ in its last bit between machines.
+            if not torch.allclose(state[name], first, rtol=0.0, atol=1e-5):
+                raise ModelError(f"round 1 does not start where the plan says: {name!r} differs")
 
     def train(self, request: TrainRequest) -> TrainResult:
         """See :meth:`Trainer.train`.
@@ -117,19 +158,15 @@ class LocalTrainer:
             ``count + spare`` such updates says; every constant is the plan's.
         """
         plan = request.plan
-        tuned = tuned_model(plan, self._device)
-        model = tuned.model
-        if tuned.layout != request.layout:
-            raise ModelError("the task's trainable tensors are not those of this site's model")
-        if not self._records.units:
-            raise DataError("this site has no training records: expected at least one patient")
-        load_adapter(model, from_bytes(request.adapter))
+        self.prepare(request)
+        model = tuned_model(plan, self._device).model
         start = flatten(model)
-        stream = self._secret.child(request.attempt.run, _position(request))
+        stream = self._stream(request)
+        units, encoded = self._encode(plan, self._records, held_out=False)
         train_model(
             model,
-            self._records.units,
-            self._encode(plan, held_out=False),
+            units,
+            encoded,
             plan,
             mechanism(plan),
             steps=plan.rounds.steps,
@@ -143,24 +180,45 @@ class LocalTrainer:
 
     def evaluate(self, plan: Plan, adapter: bytes) -> Metrics:
         """See :meth:`Trainer.evaluate`."""
+        if self._held_out is None:
+            raise DataError("this site keeps no held-out records to evaluate on")
         model = tuned_model(plan, self._device).model
         load_adapter(model, from_bytes(adapter))
-        return evaluate(model, self._encode(plan, held_out=True))
+        return evaluate(model, self._encode(plan, self._held_out, held_out=True)[1])
 
     def _slots(self, plan: Plan, model: nn.Module, stream: SecureStream) -> npt.NDArray[np.float64]:
         """Noised metrics of the trained model on the held-out records, where the plan asks."""
         if self._held_out is None or plan.metrics is None:
             return metric_slots(None, [], plan, stream)
-        metrics = evaluate(model, self._encode(plan, held_out=True))
-        return metric_slots(metrics, self._held_out.units, plan, stream)
+        units, encoded = self._encode(plan, self._held_out, held_out=True)
+        metrics = evaluate(model, encoded) if encoded.examples else None
+        return metric_slots(metrics, units, plan, stream)
 
-    def _encode(self, plan: Plan, *, held_out: bool) -> Encoded:
-        records = self._held_out if held_out else self._records
-        if records is None:
-            raise DataError("this site keeps no held-out records to evaluate on")
+    def _stream(self, request: TrainRequest) -> SecureStream:
+        """The secret stream of one update: never the same for two that may both leave."""
+        attempt = request.attempt
+        fresh = b"" if self._fixed else os.urandom(16)
+        position = f"{attempt.round}/{attempt.session}/{request.draw}"
+        task = digest("update", request.plan.hash(), request.adapter)
+        return self._secret.child(attempt.run, position, task, fresh)
+
+    def _encode(self, plan: Plan, records: Records, *, held_out: bool) -> tuple[Units, Encoded]:
+        """The units that fit the plan, and their tokens.
+
+        A unit with a record that does not fit (a label that is not the plan's, messages that the
+        chat template refuses) counts as if its gradient were zero: an error would tell that it is
+        there, and to leave out others with it would let it change more than its own share.
+        """
         key = (plan.hash(), held_out)
         if key not in self._encoded:
-            self._encoded[key] = encode(records, tuned_model(plan, self._device).tokenizer, plan)
+            tokenizer = tuned_model(plan, self._device).tokenizer
+            try:
+                self._encoded[key] = (records.units, encode(records, tokenizer, plan))
+            except (DataError, ConfigurationError) as error:
+                _LOG.warning("%s; its unit is left out", error)
+                alone = [select(records, [unit]) for unit in range(len(records.units))]
+                kept = merge([part for part in alone if _fits(part, tokenizer, plan)])
+                self._encoded[key] = (kept.units, encode(kept, tokenizer, plan))
         return self._encoded[key]
 
 
@@ -213,41 +271,38 @@ def train_model(
     """Run the plan's local optimizer for some steps over one set of units, in place.
 
     Raises:
-        ModelError: Training failed. With privacy not because no unit had a finite gradient: that
-            depends on patients, and whether a site answers must not, so noise alone is the update.
+        ModelError: Training failed. Without privacy also if no unit had a finite gradient; with it,
+            the update then is the noise alone, because whether a site answers must not depend on
+            its patients.
     """
     device = next(model.parameters()).device
-    taken = 0
-
-    def count(step: int) -> None:
-        nonlocal taken
-        taken = step
-        if on_step is not None:
-            on_step(step)
 
     def loss(wrapped: nn.Module, indices: Sequence[int]) -> Tensor:
         return loss_per_example(wrapped, collate(encoded, indices, device))
 
     parameters = list(trainable(model).values())
     kind = torch.optim.AdamW if plan.rounds.optimizer == "adamw" else torch.optim.SGD
-    optimizer = kind(parameters, lr=plan.rounds.learning_rate, weight_decay=0.0)
+    facts = train_steps(
+        model,
+        units,
+        loss,
+        kind(parameters, lr=plan.rounds.learning_rate, weight_decay=0.0),
+        step,
+        steps=steps,
+        stream=stream,
+        physical_batch=physical_batch,
+        on_step=on_step,
+    )
+    if 0 < facts.units == facts.non_finite:
+        problem = "no patient's gradient was finite: lower learning_rate or use a wider precision"
+        if not plan.privacy.enabled:
+            raise ModelError(problem)
+        _LOG.warning("%s; the update is noise alone", problem)
+
+
+def _fits(records: Records, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> bool:
     try:
-        train_steps(
-            model,
-            units,
-            loss,
-            optimizer,
-            step,
-            steps=steps,
-            stream=stream,
-            physical_batch=physical_batch,
-            on_step=count,
-        )
-    except ModelError as error:
-        if taken < steps or not plan.privacy.enabled:
-            raise
-        _LOG.warning("%s; the update is noise alone", error)
-
-
-def _position(request: TrainRequest) -> str:
-    return f"{request.attempt.round}/{request.attempt.session}/{request.draw}"
+        encode(records, tokenizer, plan)
+    except (DataError, ConfigurationError):
+        return False
+    return True

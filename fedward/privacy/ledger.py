@@ -250,6 +250,10 @@ class Ledger:
         """Reservations of a run that are spent; 0 for an unknown run."""
         return len(self._runs[run].sent) if run in self._runs else 0
 
+    def plan_of(self, run: str) -> bytes | None:
+        """The plan hash that a run was opened with; None for an unknown run."""
+        return bytes.fromhex(self._runs[run].plan) if run in self._runs else None
+
     def spent_in(self, attempt: Attempt) -> int:
         """Reservations that are spent in an attempt's session, by earlier attempts at it."""
         state = self._runs.get(attempt.run)

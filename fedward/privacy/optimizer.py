@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from fedward.errors import InvalidValue, UncoveredParameters
 from fedward.privacy.accounting import SampledGaussian
@@ -21,7 +22,7 @@ class Mechanism:
     Args:
         sampling_rate: Probability that a step draws a unit, 0 < rate <= 1.
         normaliser: Clipped sums are divided by this, > 0, whatever was drawn.
-        clip: L2 bound of one unit's gradient, > 0; ``inf`` only without noise.
+        clip: L2 bound of one unit's gradient, 1e-6 to 1e6; ``inf`` only without noise.
         noise_multiplier: Standard deviation of the noise over ``clip``, >= 0. 0 is no privacy, for
             simulation only; sampling and normaliser stay the same.
         records_per_unit: At most so many of a unit's records count in a step, >= 1.
@@ -38,8 +39,8 @@ class Mechanism:
         self.event(1)
         if not 0 < self.normaliser < math.inf:
             raise InvalidValue("normaliser", self.normaliser, "a number above 0")
-        if not self.clip > 0:
-            raise InvalidValue("clip", self.clip, "a number above 0")
+        if not (1e-6 <= self.clip <= 1e6 or math.isinf(self.clip)):
+            raise InvalidValue("clip", self.clip, "1e-6 to 1e6, so that float32 can hold the sums")
         if self.noise_multiplier > 0 and math.isinf(self.clip):
             raise InvalidValue("clip", self.clip, "a finite number, because noise is scaled by it")
         if self.records_per_unit < 1:
@@ -110,15 +111,16 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         if not gradients:
             return
         device = next(iter(gradients)).device
-        squares = [g.pow(2).sum(1).to(device) for g in gradients.values()]
-        norms = torch.stack(squares).sum(0).sqrt()
+        # In float64: the square of 1e-23 is 0 in float32, and a norm of 0 would not be clipped.
+        parts = [vector_norm(g, dim=1, dtype=torch.float64).to(device) for g in gradients.values()]
+        norms = vector_norm(torch.stack(parts), dim=0)
         finite = torch.isfinite(norms)
         longer = finite & (norms > self.max_grad_norm)
-        factors = torch.where(longer, self.max_grad_norm / norms, finite.to(norms.dtype))
+        factors = torch.where(longer, self.max_grad_norm / norms, finite.double())
         for parameter, gradient in gradients.items():
             # A factor of 0 alone does not do: 0 * inf is NaN, for every unit's sum.
             gradient[~finite.to(gradient.device)] = 0.0
-            total = (factors.to(gradient.device) @ gradient).view_as(parameter)
+            total = (factors.to(gradient) @ gradient).view_as(parameter)
             before = parameter.summed_grad
             parameter.summed_grad = total if before is None else before + total
             parameter.grad_sample = None

@@ -24,7 +24,8 @@ class TrainingFacts:
         loss: Mean loss of the drawn records whose loss is finite; NaN if there was none.
         units: Units drawn, over all steps.
         clipped: Share of them whose gradient was longer than the clip.
-        non_finite: Units whose gradient was not finite, and counted as zero.
+        non_finite: Units whose gradient was not finite, and counted as zero. Where that is every
+            unit, only noise was released.
         single_pass: Whether one backward pass served many units.
     """
 
@@ -72,7 +73,7 @@ def train_steps(
 
     Raises:
         UncoveredParameters: No clipping could bound what one unit changes.
-        ModelError: No unit of any step had a finite gradient.
+        ModelError: The loss is not one number a record.
 
     Guarantees:
         The optimizer's gradients are, together, ``mechanism.event(steps)`` for adding or removing
@@ -160,10 +161,6 @@ def _backward(
 
 
 def _facts(private: UnitOptimizer, losses: list[float], *, single_pass: bool) -> TrainingFacts:
-    if private.units > 0 and private.non_finite == private.units:
-        raise ModelError(
-            "no unit had a finite gradient: lower the learning rate, or use a wider precision"
-        )
     finite = [value for value in losses if math.isfinite(value)]
     return TrainingFacts(
         loss=sum(finite) / len(finite) if finite else math.nan,

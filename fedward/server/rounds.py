@@ -21,7 +21,7 @@ from fedward.aggregation.masks import Words
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.schemes import next_vector
 from fedward.aggregation.tally import SumResult, Tally
-from fedward.aggregation.transcript import task_hash
+from fedward.aggregation.transcript import SiteFault, task_hash
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json
 from fedward.errors import (
@@ -59,12 +59,14 @@ class State:
         adapter: The adapter's whole state, safetensors bytes.
         previous: Parts of the next task that let sites recompute this adapter; empty at first.
         attempts: Attempts that the open round has seen.
+        faulty: Sites whose messages ended an attempt at the open round: left out of its others.
     """
 
     committed: int
     adapter: bytes
     previous: Mapping[str, bytes]
     attempts: int
+    faulty: frozenset[int]
 
 
 class RoundEngine:
@@ -122,7 +124,7 @@ class RoundEngine:
 
     def _fold(self) -> State:
         """Replay the events into the state between rounds."""
-        committed, attempts = 0, 0
+        committed, attempts, faulty = 0, 0, set[int]()
         adapter, previous = self._start, dict[str, bytes]()
         for event in self._store.events(self._run):
             facts = json.loads(event.payload)
@@ -133,33 +135,42 @@ class RoundEngine:
                         f"run {self._run!r} was started with another plan "
                         f"({facts['plan'][:12]}): give it that plan, or start a new run"
                     )
+            elif event.phase is Phase.ABORTED and facts["fault"] is not None:
+                faulty.add(facts["fault"])
             elif event.phase is Phase.COMMITTED:
-                committed, attempts = event.attempt.round, 0
+                committed, attempts, faulty = event.attempt.round, 0, set()
                 adapter = self._store.blob(facts["adapter"])
                 previous = {
                     "sum": self._store.blob(facts["sum"]),
                     "cohort": canonical_json(facts["cohort"]),
                 }
-        return State(committed=committed, adapter=adapter, previous=previous, attempts=attempts)
+        return State(
+            committed=committed,
+            adapter=adapter,
+            previous=previous,
+            attempts=attempts,
+            faulty=frozenset(faulty),
+        )
 
     def _round(self, grid: Grid, state: State) -> None:
         """Try a round until it is committed."""
-        last = state.attempts + self._plan.rounds.spare + _EXTRA_ATTEMPTS
-        for number in range(state.attempts + 1, last + 1):
+        first, last = state.attempts + 1, state.attempts + self._plan.rounds.spare + _EXTRA_ATTEMPTS
+        for number in range(first, last + 1):
             attempt = Attempt(run=self._run, round=state.committed + 1, attempt=number)
             self._record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
             try:
                 result = self._session(grid, attempt, state)
             except (ProtocolError, CohortTooSmall) as error:
-                self._record(attempt, Phase.ABORTED, {"reason": str(error)})
+                fault = error.site if isinstance(error, SiteFault) else None
+                self._record(attempt, Phase.ABORTED, {"reason": str(error), "fault": fault})
                 if isinstance(error, _NoHope):
                     raise CohortTooSmall(str(error)) from error
-                failure = error
+                failure, state = error, self._fold()
                 continue
             self._commit(attempt, state, result)
             return
         raise RoundError(
-            f"round {state.committed + 1} failed in {last - state.attempts} attempts; the last: "
+            f"round {state.committed + 1} failed in {last - first + 1} attempts; the last: "
             f"{failure}"
         )
 
@@ -238,7 +249,7 @@ class RoundEngine:
             "layout": layout_to_bytes(self._layout),
             **state.previous,
         }
-        todo = dict.fromkeys(self._nodes, parts)
+        todo = {site: parts for site in self._nodes if site not in state.faulty}
         self._record(attempt, Phase.INVITED, {"sites": list(todo)})
         ready, refused = self._ask(grid, attempt, "task", todo)
         for site in ready:
@@ -250,7 +261,7 @@ class RoundEngine:
                 f"round {attempt.round}: {len(ready)} of {len(todo)} sites are ready, "
                 f"{minimum} are needed ({reasons})"
             )
-            silent = sum(why == _SILENT for why in refused.values())
+            silent = sum(why in {_SILENT, SiteCode.REFUSED_STALE} for why in refused.values())
             raise (CohortTooSmall if len(ready) + silent >= minimum else _NoHope)(message)
         return sorted(ready)
 
@@ -292,7 +303,7 @@ class RoundEngine:
                 refused[site] = str(letter.code)
             else:
                 accepted[site] = letter
-                del refused[site]
+                refused.pop(site, None)
         for site, reason in refused.items():
             self._leave_out(attempt, site, action, reason)
         return accepted, refused

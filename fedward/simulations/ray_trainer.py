@@ -106,6 +106,13 @@ class _Worker:
             for name, place in places.items()
         }
 
+    def prepare(self, site: str, request: TrainRequest) -> _Failure | None:
+        try:
+            self._trainers[site].prepare(request)
+        except FedwardError as error:
+            return _Failure(kind=type(error), text=str(error))
+        return None
+
     def train(self, site: str, request: TrainRequest) -> TrainResult | _Failure:
         try:
             return self._trainers[site].train(request)
@@ -124,6 +131,9 @@ class _RayTrainer:
 
     def __init__(self, ray: Any, actor: Any, site: str) -> None:  # noqa: ANN401  # Ray has no types
         self._ray, self._actor, self._site = ray, actor, site
+
+    def prepare(self, request: TrainRequest) -> None:
+        self._wait(self._actor.prepare.remote(self._site, request), type(None))
 
     def train(self, request: TrainRequest) -> TrainResult:
         return self._wait(self._actor.train.remote(self._site, request), TrainResult)

@@ -1,7 +1,6 @@
 """How good a model is on records it never saw, and whether a difference is more than luck."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,12 +48,16 @@ def evaluate(model: nn.Module, encoded: Encoded, *, batch_size: int = 64) -> Met
         raise DataError("nothing to evaluate on: expected at least one held-out record")
     losses, predicted = np.zeros(count), np.zeros(count, dtype=np.int64)
     device = next(model.parameters()).device
-    with _without_dropout(model):
+    training = model.training
+    model.eval()
+    try:
         for indices in _by_length(encoded, batch_size):
             loss, logits = loss_and_logits(model, collate(encoded, indices, device))
             losses[indices] = loss.double().cpu().numpy()
             if encoded.classify:
                 predicted[indices] = logits.argmax(dim=-1).cpu().numpy()
+    finally:
+        model.train(training)
     if not encoded.classify:
         return Metrics(loss=float(losses.mean()), losses=losses)
     classes = np.array([example.targets[0] for example in encoded.examples])
@@ -101,25 +104,6 @@ def paired_interval(
     ]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(difference.mean()), float(low), float(high)
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for quantised layers.
-
-    On some CPUs bitsandbytes repacks a 4-bit layer at its first forward in evaluation mode, for
-    inference only: trained afterwards, the layer computes something else.
-    """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in training:
-        if type(module).__module__.startswith("bitsandbytes."):
-            module.training = True
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _by_length(encoded: Encoded, batch_size: int) -> Iterator[list[int]]:

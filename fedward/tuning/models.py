@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -214,6 +215,8 @@ def _load(
         config.label2id = {label: i for i, label in enumerate(task.labels)}
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     config.get_text_config().use_cache = False
+    # Dropout masks would come from torch's generator, which keeps 32 bits of its seed.
+    config.update({key: 0.0 for key, value in config.to_dict().items() if _is_dropout(key, value)})
     try:
         loaded: Any = kind.from_pretrained(  # a pair, because of output_loading_info
             folder,
@@ -236,6 +239,11 @@ def _load(
         raise ModelError(f"{folder}: weights are missing or have another shape: {wrong[0]}, ...")
     _start_anew(base, new, heads)
     base.requires_grad_(False)
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            # Else, on CPUs with AVX512-BF16, the first forward without gradients repacks the layer
+            # for inference, and training after an evaluation gets wrong gradients silently.
+            module.support_avx512bf16_for_cpu = False
     return base
 
 
@@ -251,6 +259,10 @@ def _quantization(model: Model, device: str) -> BitsAndBytesConfig | None:
         # Heads are trained, and a pooler may be new: neither is ever quantised.
         llm_int8_skip_modules=["lm_head", "pooler.dense", *HEADS],
     )
+
+
+def _is_dropout(key: str, value: object) -> bool:
+    return ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float)
 
 
 def _may_be_new(name: str, task: Task) -> bool:

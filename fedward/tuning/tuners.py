@@ -9,13 +9,15 @@ import dataclasses
 import difflib
 import math
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedward.errors import ConfigurationError
+from fedward.errors import ConfigurationError, InvalidValue
 from fedward.plan import Plan
 from fedward.tuning.models import public_uniform
 
@@ -31,6 +33,8 @@ _OURS = (
     "task_type",
 )
 """Fields of PEFT that follow from the rest of the plan."""
+
+_MOST_RANK = 1024
 
 
 def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
@@ -83,6 +87,7 @@ def _configuration(plan: Plan) -> LoraConfig:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             raise ConfigurationError(f"[tuner] unknown key {key!r}; {hint}")
+    _check_values(given, plan)
     if "target_parameters" not in given:
         given.setdefault("target_modules", "all-linear")
     classify = plan.task.objective == "classify"
@@ -91,6 +96,16 @@ def _configuration(plan: Plan) -> LoraConfig:
         return LoraConfig(task_type=task, **given)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"[tuner] PEFT refuses it: {error}") from error
+
+
+def _check_values(given: Mapping[str, Any], plan: Plan) -> None:
+    """Refuse what PEFT takes and a site must not."""
+    rank = given.get("r", 8)
+    if type(rank) is not int or not 1 <= rank <= _MOST_RANK:
+        raise InvalidValue("[tuner] r", rank, f"1 to {_MOST_RANK}")
+    if plan.privacy.enabled and given.get("lora_dropout"):
+        # Its masks would come from torch's generator, which keeps 32 bits of its seed.
+        raise InvalidValue("[tuner] lora_dropout", given["lora_dropout"], "0 under privacy")
 
 
 def _outer_layers(base: PreTrainedModel) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from fedward.client.agent import Agent
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import Policy
 from fedward.client.trainer import Trainer, TrainRequest, TrainResult
-from fedward.errors import DataError, SiteCode
+from fedward.errors import DataError, ModelError, SiteCode
 from fedward.identity import Identity, Member, Roster
 from fedward.messages import Letter, open_letter, seal_letter
 from fedward.plan import Cohort, Model, Plan, Privacy, Rounds
@@ -57,6 +57,10 @@ class Scripted:
     def __init__(self, site: int) -> None:
         self.site, self.requests = site, list[TrainRequest]()
         self.error: Exception | None = None
+
+    def prepare(self, request: TrainRequest) -> None:
+        if vector_of(request.adapter, request.layout).shape != (dimension(LAYOUT),):
+            raise ModelError("the adapter is not this model's")
 
     def train(self, request: TrainRequest) -> TrainResult:
         if self.error is not None:

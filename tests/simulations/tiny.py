@@ -119,6 +119,9 @@ class Recorder:
     requests: list[TrainRequest] = dataclasses.field(default_factory=list)
     results: list[TrainResult] = dataclasses.field(default_factory=list)
 
+    def prepare(self, request: TrainRequest) -> None:
+        self.trainer.prepare(request)
+
     def train(self, request: TrainRequest) -> TrainResult:
         result = self.trainer.train(request)
         self.requests.append(request)
