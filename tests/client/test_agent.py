@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -247,10 +246,9 @@ def test_a_site_that_missed_a_round_takes_part_again(desk):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
-@pytest.mark.parametrize("action", ["task", "evaluate"])
-def test_an_error_leaves_as_a_code_without_its_text(desk, caplog, error, code, action):
+def test_an_error_leaves_as_a_code_without_its_text(desk, caplog, error, code):
     desk.trainers[0].error = error
-    sealed = desk.agents[0].answer(desk.letter(action, FIRST, 0, desk.task_parts()))
+    sealed = desk.agents[0].answer(desk.letter("task", FIRST, 0, desk.task_parts()))
     answer = open_letter(sealed, desk.roster.key(0), "site")
     assert answer.code is code
     assert answer.parts == {}
@@ -277,10 +275,24 @@ def test_answers_of_one_kind_are_all_of_one_size(desk):
     assert len(sizes) == 1
 
 
-def test_evaluation_stays_at_the_site(desk, caplog):
-    caplog.set_level(logging.INFO)
+@pytest.mark.parametrize(
+    "error", [DataError(CANARY), ModelError(CANARY), ValueError(CANARY), AssertionError(CANARY)]
+)
+def test_how_an_evaluation_went_stays_at_the_site(desk, caplog, error):
+    """It is an exact statement about patients: the answer is the same whatever came out."""
+    desk.task(FIRST, 0)
+    desk.trainers[0].error = error
     code, answer = desk.ask("evaluate", FIRST, 0, desk.task_parts())
-    assert (code, answer.parts) == (SiteCode.DATA_UNUSABLE, {})
+    assert (code, answer.parts) == (SiteCode.DONE, {})
+    assert "CANARY" not in caplog.text
+
+
+def test_nothing_is_evaluated_under_a_plan_that_the_ledger_does_not_know(desk):
+    code, _ = desk.ask("evaluate", FIRST, 0, desk.task_parts())
+    assert code is SiteCode.REFUSED_PLAN
+    desk.task(FIRST, 0)
+    code, _ = desk.ask("evaluate", FIRST, 0, desk.task_parts(plan=other_plan()))
+    assert code is SiteCode.REFUSED_PLAN
 
 
 def test_an_agent_has_the_key_that_the_roster_names(desk):

@@ -37,7 +37,7 @@ def test_every_message_type_reaches_the_agent(desk, action):
     reply = send(desk, content, MESSAGE_TYPES[action])
     answer = open_letter(reply.content, desk.roster.key(0), "site")
     assert answer.action == action
-    expected = {"task": SiteCode.READY, "evaluate": SiteCode.DATA_UNUSABLE}
+    expected = {"task": SiteCode.READY, "evaluate": SiteCode.REFUSED_PLAN}
     assert answer.code is expected.get(action, SiteCode.PROTOCOL_ABORTED)
 
 

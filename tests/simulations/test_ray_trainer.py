@@ -1,5 +1,6 @@
 """Spread over processes the very same adapter comes out, and the very same errors."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -7,12 +8,17 @@ import pytest
 
 from fedward.attempt import Attempt
 from fedward.client.trainer import TrainRequest
-from fedward.errors import ConfigurationError, DataError, FedwardError, InvalidValue, PolicyRefusal
+from fedward.errors import (
+    ConfigurationError,
+    DataError,
+    FedwardError,
+    InvalidValue,
+    ModelError,
+    PolicyRefusal,
+)
 from fedward.simulations.ray_trainer import _Failure, ray_trainers
-from fedward.tuning.records import Records
 from fedward.tuning.tuned import tuned_model
 from tests.simulations import tiny
-
 
 LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
 LISTENING = "0A"
@@ -31,14 +37,12 @@ def test_ray_gives_the_adapter_that_this_process_gives(tmp_path, base):
     plan, sites = tiny.make_plan(base), tiny.make_sites(3)
     here = tiny.make_federation(tmp_path / "here", plan, tiny.recorders(sites)).run()
     keys = {name: tiny.key(name) for name in sites}
-    with_empty = {**sites, "empty": Records(rows=(), units=())}
     before = listeners()
-    with ray_trainers(with_empty, 2, keys=keys) as trainers:
+    with ray_trainers(sites, 2, keys=keys) as trainers:
         added = listeners() - before
         assert added
         assert all(address.startswith(LOOPBACK) for address in added), "nobody else can connect"
-        mine = {name: trainers[name] for name in sites}
-        there = tiny.make_federation(tmp_path / "there", plan, mine, workers=2).run()
+        there = tiny.make_federation(tmp_path / "there", plan, trainers, workers=2).run()
         request = TrainRequest(
             plan=plan,
             attempt=Attempt(run="r", round=1),
@@ -46,8 +50,8 @@ def test_ray_gives_the_adapter_that_this_process_gives(tmp_path, base):
             adapter=tuned_model(plan).start,
             layout=tuned_model(plan).layout,
         )
-        with pytest.raises(DataError, match="at least one patient"):
-            trainers["empty"].train(request)
+        with pytest.raises(ModelError):
+            trainers["b"].train(dataclasses.replace(request, adapter=b"none"))
         with pytest.raises(DataError, match="no held-out records"):
             trainers["a"].evaluate(plan, request.adapter)
     assert here == there

@@ -71,7 +71,7 @@ class Wire:
             task_hash=task_hash(tuned.start, self.plan.hash(), "fedavg"),
             dimension=len(update),
         )
-        stream = SecureStream(tiny.key(name)).child("rounding", RUN, f"{FIRST.order}")
+        stream = SecureStream(tiny.key(name)).child("rounding", RUN, "1/1/0")
         clipped = clip_update(update, self.plan.aggregation.update_clip)
         return pack(clipped, self.trainers[name].results[-1].slots, parameters, stream)
 

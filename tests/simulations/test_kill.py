@@ -1,0 +1,246 @@
+"""kill -9 at any instant: the run goes on, and every site's spend is what it marked as sent.
+
+In this process an interruption stands for the kill of coordinator and sites: nothing is closed in
+order, only what is on the disk counts. Whole processes are killed as well, at random instants.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fedward import typed_toml
+from fedward.plan import Plan
+from fedward.server.store import Phase
+from tests.simulations import tiny
+
+PHASES = tuple(phase for phase in Phase if phase not in {Phase.LEFT_OUT, Phase.ABORTED})
+
+
+class Killed(BaseException):
+    """The power goes."""
+
+
+def killing(federation, phase, occurrence=1, round_number=1):
+    """An observer that ends everything when an event of a phase has become durable."""
+    seen = []
+
+    def observe(attempt, found, site, facts):
+        if (found, attempt.round) == (phase, round_number):
+            seen.append(site)
+            if len(seen) == occurrence:
+                raise Killed
+
+    return observe
+
+
+def until_killed(folder, plan, trainers, *args):
+    """Run a federation until it is killed; its files are let go as by a process that died."""
+    federation = tiny.make_federation(folder, plan, trainers)
+    with pytest.raises(Killed):
+        federation.run(killing(federation, *args))
+    for name in federation.names:
+        federation._let_go(name)
+
+
+def check_books(folder, plan, federation):
+    """What ledgers, memories and coordinator say about one run agrees."""
+    events = tiny.events_of(folder)
+    received = {(e.site, e.attempt.order) for e in events if e.phase is Phase.MASKED}
+    summed = {
+        (site, attempt.order)
+        for attempt, facts in tiny.facts_of(folder, Phase.COMMITTED)
+        for site in facts["cohort"]
+    }
+    marked = set()
+    for site in range(len(federation.names)):
+        orders = tiny.sent(folder, site)
+        assert len(orders) == len(set(orders)) <= plan.rounds.count + plan.rounds.spare
+        marked |= {(site, order) for order in orders}
+    assert summed <= received <= marked
+    rounds = [attempt.round for attempt, _ in tiny.facts_of(folder, Phase.COMMITTED)]
+    assert rounds == list(range(1, plan.rounds.count + 1)), "each round once, in order"
+    for name in federation.names:
+        assert federation.epsilon_spent(name) <= plan.privacy.epsilon
+    return marked - received
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_goes_on_from_any_event(tmp_path, base, phase):
+    plan = tiny.make_plan(base)
+    trainers = tiny.recorders(tiny.make_sites(3))
+    until_killed(tmp_path, plan, trainers, phase)
+    federation = tiny.make_federation(tmp_path, plan, trainers)
+    federation.run()
+    lost = check_books(tmp_path, plan, federation)
+    assert tiny.cohorts(tmp_path) == [[0, 1, 2]] * 2
+    # Killed when the first masked update was recorded, the two others had been sent already.
+    assert lost == ({(1, (1, 1, 1)), (2, (1, 1, 1))} if phase is Phase.MASKED else set())
+
+
+@pytest.mark.parametrize("phase", [Phase.STARTED, Phase.READY, Phase.KEYS, Phase.SHARED])
+def test_before_masked_the_same_adapter_comes_out_bit_by_bit(tmp_path, base, phase):
+    """With the secret keys fixed: nothing had left, so the same update goes out, rounded anew."""
+    plan = tiny.make_plan(base)
+    sites = tiny.make_sites(3)
+    calm = tiny.make_federation(tmp_path / "calm", plan, tiny.recorders(sites))
+    calm.run()
+    until_killed(tmp_path / "killed", plan, tiny.recorders(sites), phase)
+    trainers = tiny.recorders(sites)
+    federation = tiny.make_federation(tmp_path / "killed", plan, trainers)
+    federation.run()
+    assert tiny.cohorts(tmp_path / "killed") == tiny.cohorts(tmp_path / "calm")
+    assert federation_sum(tmp_path / "killed") == federation_sum(tmp_path / "calm")
+
+
+def federation_sum(folder):
+    """The bytes of the last adapter."""
+    return tiny.blob(folder, tiny.facts_of(folder, Phase.COMMITTED)[-1][1]["adapter"])
+
+
+def test_after_masked_another_update_with_fresh_noise_goes_out(tmp_path, base):
+    """Negative control of the test before: what may have been seen is never sent again."""
+    plan, sites = tiny.make_plan(base), tiny.make_sites(3)
+    tiny.make_federation(tmp_path / "calm", plan, tiny.recorders(sites)).run()
+    trainers = tiny.recorders(sites)
+    until_killed(tmp_path / "killed", plan, trainers, Phase.MASKED, 3)
+    again = tiny.recorders(sites)
+    tiny.make_federation(tmp_path / "killed", plan, again).run()
+    first, second = trainers["a"].results[0].update, again["a"].results[0].update
+    assert [request.draw for request in again["a"].requests] == [1, 0]
+    assert not np.array_equal(first, second)
+    assert federation_sum(tmp_path / "killed") != federation_sum(tmp_path / "calm")
+
+
+def test_killed_again_and_again_a_run_ends_where_its_budget_does(tmp_path, base):
+    """Three kills after sent, two spare rounds: the fourth attempt of round 1 spends round 2's."""
+    plan = tiny.make_plan(base, rounds=tiny.make_rounds(spare=2))
+    sites = tiny.make_sites(3)
+    for _ in range(2):
+        until_killed(tmp_path, plan, tiny.recorders(sites), Phase.MASKED, 3)
+    federation = tiny.make_federation(tmp_path, plan, tiny.recorders(sites))
+    federation.run()
+    check_books(tmp_path, plan, federation)
+    assert [len(tiny.sent(tmp_path, site)) for site in range(3)] == [4, 4, 4]
+    assert 0.9 * plan.privacy.epsilon < federation.epsilon_spent("a") <= plan.privacy.epsilon
+
+
+def test_another_plan_does_not_go_on_with_a_killed_run(tmp_path, base):
+    plan, sites = tiny.make_plan(base), tiny.make_sites(3)
+    until_killed(tmp_path, plan, tiny.recorders(sites), Phase.KEYS)
+    other = dataclasses.replace(plan, seed=1)
+    with pytest.raises(Exception, match="was started with another plan"):
+        tiny.make_federation(tmp_path, other, tiny.recorders(sites)).run()
+
+
+PLAN_TEXT = """
+name = "killed"
+[model]
+path = "{base}"
+[tuner]
+r = 2
+target_modules = ["q_proj"]
+[task]
+objective = "classify"
+max_length = 16
+[data]
+unit = "patient"
+site = "hospital"
+[rounds]
+count = 6
+spare = {spare}
+steps = 1
+sampling_rate = 1.0
+normaliser = 4
+learning_rate = 0.01
+[cohort]
+minimum = 3
+[privacy]
+epsilon = 8.0
+delta = 1e-5
+clip = 0.5
+"""
+
+
+class Process:
+    """``fedward simulate`` in processes of its own, over one folder."""
+
+    def __init__(self, folder, base, spare):
+        self.out, self.plan_file = folder / "out", folder / "plan.toml"
+        self.plan_file.write_text(PLAN_TEXT.format(base=base, spare=spare))
+        rows = [row for name in "abc" for row in tiny.make_rows(name, 4)]
+        data = tiny.write_data(folder / "data", rows)
+        self.command = [sys.executable, "-m", "fedward", "simulate", str(self.plan_file)]
+        self.command += ["--data", str(data), "--out", str(self.out)]
+        self.command += ["--federated-only", "--json", "--resume"]
+
+    def start(self):
+        return subprocess.Popen(
+            self.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def finish(self):
+        """Let it run to its end; returns the report."""
+        process = self.start()
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        return json.loads(output)
+
+    def kill_after(self, seconds):
+        """Kill it so many seconds after the run's folder is there; whether it was still running."""
+        process = self.start()
+        started, log = time.monotonic(), self.out / "run" / "coordinator" / "runs.sqlite"
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        while process.poll() is None and time.monotonic() - started < 120:
+            if log.exists() and log.stat().st_mtime_ns != before:
+                break
+            if any(self.out.glob("run/coordinator/runs.sqlite-wal")) and before:
+                break
+            time.sleep(0.01)
+        time.sleep(seconds)
+        running = process.poll() is None
+        if running:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return running
+
+    def check(self):
+        """The run is complete, and every book of it agrees."""
+        report = self.finish()
+        folder = self.out / "run"
+        plan = typed_toml.parse_json(Plan, (folder / "plan.json").read_bytes())
+        trainers = tiny.recorders(tiny.make_sites(3))
+        federation = tiny.make_federation(folder, plan, trainers)
+        check_books(folder, plan, federation)
+        assert report["rounds"] == plan.rounds.count == len(report["cohorts"])
+        assert len(report["curves"]["federated"]) == plan.rounds.count + 1
+        assert set(report["epsilon"]) == {"a", "b", "c"}
+        for name, spent in report["epsilon"].items():
+            assert spent == pytest.approx(federation.epsilon_spent(name))
+            assert spent <= plan.privacy.epsilon
+
+
+def test_a_killed_process_goes_on(tmp_path, base):
+    process = Process(tmp_path, base, spare=4)
+    assert process.kill_after(0.15)
+    process.check()
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_twenty_instants_goes_on(tmp_path, base):
+    """Instants over a whole run; a kill costs every site at most one spare round."""
+    instants = np.random.default_rng(0).uniform(0.0, 0.6, 22)
+    process = Process(tmp_path, base, spare=30)
+    killed = sum(process.kill_after(float(instant)) for instant in instants)
+    process.check()
+    assert killed >= 1
