@@ -101,9 +101,9 @@ def with_sensitivity(length: float, sigma: float, shares: int, rate: float) -> S
 @pytest.mark.parametrize(("sigma", "shares"), [(0.5, 3), (0.7, 5), (1.0, 3)])
 def test_the_slack_of_a_sum_of_shares(sigma, shares):
     """Lemma 2 where it is large enough to be seen: the density against a discrete Gaussian's."""
-    reach = 40
-    ratio = np.log(summed(sigma, shares, reach) / one_share(sigma * math.sqrt(shares), reach))
-    seen = np.max(np.abs(ratio[reach - 8 : reach + 9]))
+    reach, near = 40, slice(32, 49)
+    one = one_share(sigma * math.sqrt(shares), reach)
+    seen = np.max(np.abs(np.log(summed(sigma, shares, reach)[near] / one[near])))
     mine = dataclasses.replace(with_sensitivity(1.0, sigma, shares, 1.0), dimension=1)
     assert seen <= mine.slack
     wider = dataclasses.replace(mine, share=1.5 * sigma)
