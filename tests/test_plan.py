@@ -150,7 +150,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("aggregation", "word_bits", [16, 64, "32"], "one of 32"),
     ("privacy", "epsilon", [0.0, -1.0], "above 0, or inf for no privacy"),
     ("privacy", "delta", [0.0, -1e-6, 0.1, 1.0], "above 0 and below 0.1"),
-    ("privacy", "clip", [0.0, -1.0, math.inf], POSITIVE),
+    ("privacy", "clip", [0.0, -1.0, 9e-7, 2e6, math.inf], "1e-6 to 1e6"),
     ("privacy", "records_per_unit", [0, 1001], "1 to 1000"),
     ("metrics", "epsilon", [0.0, math.inf], POSITIVE),
     ("metrics", "loss_bound", [0.0, math.inf], POSITIVE),

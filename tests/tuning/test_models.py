@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedward.errors import InvalidValue, ModelError
 from fedward.plan import Model, Task
 from fedward.tuning.models import fingerprint, load_base, resolve_model
-from tests.tuning.rig import LABELS
+from fedward.tuning.tuners import attach, trainable
+from tests.tuning.rig import LABELS, make_plan
 
 SFT = Task(max_length=32)
 CLASSIFY = Task(objective="classify", labels=LABELS, max_length=32)
@@ -221,3 +222,23 @@ class TestBadModels:
     def test_classes_are_needed(self, models):
         with pytest.raises(InvalidValue, match="labels"):
             load(models["llama"], Task(objective="classify", max_length=32))
+
+
+def test_evaluation_leaves_training_over_nf4_as_it_was(models):
+    """On some CPUs bitsandbytes repacks 4-bit layers for inference, and gradients go wrong."""
+    path = str(models["llama"])
+    plan = make_plan(path, model=Model(path=path, quantize="nf4"), task=SFT)
+    model = attach(load_base(plan.model, plan.task)[0], plan)
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def gradients():
+        model.zero_grad()
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in trainable(model).values() if p.grad is not None]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert any(gradient.abs().max() > 0 for gradient in before), "control"
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -98,8 +98,10 @@ class TestRefusals:
         [
             ({"lora_alhpa": 8}, "'lora_alpha'"),
             ({"zzz": 1}, "known keys"),
-            ({"r": "8"}, "PEFT refuses"),
-            ({"r": 0}, "PEFT refuses"),
+            ({"r": "8"}, "1 to 1024"),
+            ({"r": 0}, "1 to 1024"),
+            ({"r": 1025}, "1 to 1024"),
+            ({"lora_dropout": 0.1}, "0 under privacy"),
             ({"bias": "some"}, "PEFT refuses"),
             ({"target_modules": ["nothing"]}, "not found"),
             ({"task_type": "CAUSAL_LM"}, "leave it out"),
