@@ -25,7 +25,7 @@ COLUMNS = {
         "semantic_group",
         "source_url",
     ],
-    "med_abstracts": ["id", "text", "label", "label_text", "ambiguous"],
+    "med_abstracts": ["id", "text", "label", "label_text"],
 }
 
 each = pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
