@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedward.errors import ConfigurationError
+from fedward.errors import ConfigurationError, DataError
 from fedward.plan import Plan, load_plan
 from fedward.simulations.demo import prepare_demo
 from fedward.tuning.models import fingerprint, resolve_model
@@ -88,7 +88,7 @@ def freeze_case(plan: Plan, data: Path, killed: str | None = None) -> Case:
 
     Raises:
         ConfigurationError: The plan's model digest is not the model's.
-        DataError: The data does not fit the plan.
+        DataError: The data does not fit the plan, or leaves a site without a patient.
         ModelError: The base model cannot be found.
     """
     splits = find_splits(data)
@@ -107,6 +107,12 @@ def freeze_case(plan: Plan, data: Path, killed: str | None = None) -> Case:
         )
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, sha256=digest))
     sites, held_out = make_sites(train, plan.data), dict[str, Records]()
+    empty = [name for name, records in sites.items() if not records.units]
+    if empty:
+        raise DataError(
+            f"{data}: the split leaves {', '.join(empty)} without a patient; give it a larger "
+            "alpha or fewer sites"
+        )
     if plan.metrics is not None:
         for name, records in sites.items():
             sites[name], held_out[name] = hold_out(records, _HELD_OUT_SHARE, seed=0)

@@ -112,6 +112,8 @@ class Federation:
         finally:
             store.close()
             self.grid.close()
+            for name in self.names:
+                self._let_go(name)
 
     def epsilon_spent(self, name: str) -> float:
         """What a site's patients have spent, recomputed from its ledger."""

@@ -121,17 +121,16 @@ class _Work:
         federated, epsilon = self._federate(ray_workers)
         alone, central, naked, classical = {}, None, None, None
         if compare:
-            trained = {name: records for name, records in sites.items() if records.units}
-            for name, records in trained.items():
+            for name, records in sites.items():
                 score = self._score(f"alone-{name}", self._one_place(plan, records, 1))
                 alone[name] = score
             everything = pooled(sites)
-            central = self._score("central", self._one_place(plan, everything, len(trained)))
+            central = self._score("central", self._one_place(plan, everything, len(sites)))
             if plan.privacy.enabled:
                 privacy = dataclasses.replace(plan.privacy, epsilon=math.inf)
                 free = dataclasses.replace(plan, privacy=privacy)
                 naked = self._score(
-                    "central-no-privacy", self._one_place(free, everything, len(trained))
+                    "central-no-privacy", self._one_place(free, everything, len(sites))
                 )
             classical = self._classical(everything)
         return Report(

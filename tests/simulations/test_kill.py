@@ -41,12 +41,10 @@ def killing(federation, phase, occurrence=1, round_number=1):
 
 
 def until_killed(folder, plan, trainers, *args):
-    """Run a federation until it is killed; its files are let go as by a process that died."""
+    """Run a federation until it is killed."""
     federation = tiny.make_federation(folder, plan, trainers)
     with pytest.raises(Killed):
         federation.run(killing(federation, *args))
-    for name in federation.names:
-        federation._let_go(name)
 
 
 def check_books(folder, plan, federation):

@@ -1,0 +1,326 @@
+"""``fedward simulate`` from files to a report: what it says and refuses, and how it goes on."""
+
+import json
+import sys
+
+import pytest
+
+from fedward import cli
+from fedward.server.store import Phase
+from fedward.simulations import simulate
+from fedward.simulations.case import freeze_case
+from tests.simulations import tiny
+
+CANARY = "CANARY-Smith"
+
+PLAN = """
+name = "tiny"
+[model]
+path = "{base}"
+[tuner]
+r = 2
+target_modules = ["q_proj"]
+[task]
+objective = "classify"
+max_length = 16
+[data]
+unit = "patient"
+site = "hospital"
+[rounds]
+count = 2
+spare = 1
+steps = 1
+sampling_rate = 1.0
+normaliser = 4
+learning_rate = 0.01
+[cohort]
+minimum = 3
+[privacy]
+epsilon = 8.0
+delta = 1e-5
+clip = 0.5
+"""
+
+
+@pytest.fixture
+def fedward(monkeypatch, capsys):
+    """Runs the command line; returns exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedward", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path, base):
+    """A plan file, a data folder and an output folder, as arguments."""
+    return make_files(tmp_path, base)
+
+
+def make_files(tmp_path, base, *replacements, rows=None, test=None):
+    text = PLAN.format(base=base)
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    plan = tmp_path / "plan.toml"
+    plan.write_text(text)
+    given = [row for name in "abc" for row in tiny.make_rows(name, 4)] if rows is None else rows
+    data = tiny.write_data(tmp_path / "data", given)
+    tiny.write_data(data, tiny.make_rows("test", 4) if test is None else test, "test")
+    return [plan, "--data", data, "--out", tmp_path / "out", "--federated-only"]
+
+
+def report_of(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def test_a_run_ends_in_a_report_as_json_and_as_a_page(fedward, files, tmp_path):
+    code, out, err = fedward("simulate", *files, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report == report_of(tmp_path / "out")
+    assert report["rounds"] == 2
+    assert report["cohorts"] == [["a", "b", "c"]] * 2
+    assert len(report["curves"]["federated"]) == 3
+    assert all(0 < spent <= 8.0 for spent in report["epsilon"].values())
+    assert set(report["bytes_up"]) == {"a", "b", "c"}
+    assert len(set(report["bytes_up"].values())) == 1, "every site sends as much"
+    assert len(report["coordinator_saw"]["masked"]) == 96
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_comparison_has_every_way_of_training(fedward, files, tmp_path):
+    code, out, err = fedward("simulate", *files[:-1])
+    assert code == 0, err
+    scores = report_of(tmp_path / "out")["accuracy"]
+    assert set(scores) >= {"base", "alone", "federated", "central"}
+    assert set(scores["alone"]) == {"a", "b", "c"}
+    assert all(0 <= score <= 1 for score in scores["alone"].values())
+    assert "federated" in out
+
+
+def test_a_finished_run_is_replaced(fedward, files, tmp_path):
+    assert fedward("simulate", *files)[0] == 0
+    first = (tmp_path / "out" / "run" / "coordinator" / "key").read_bytes()
+    assert fedward("simulate", *files)[0] == 0
+    assert (tmp_path / "out" / "run" / "coordinator" / "key").read_bytes() != first
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.html",
+        "report.json",
+        "run",
+    ]
+
+
+def test_a_finished_run_that_is_resumed_gives_the_same_report(fedward, files, tmp_path):
+    assert fedward("simulate", *files)[0] == 0
+    before = report_of(tmp_path / "out")
+    assert fedward("simulate", *files, "--resume")[0] == 0
+    after = report_of(tmp_path / "out")
+    assert {**after, "seconds": 0} == {**before, "seconds": 0}
+
+
+@pytest.fixture
+def interrupted(fedward, files, monkeypatch):
+    """A run that was interrupted in round 2."""
+    real = simulate._Work._committed
+
+    def interrupt(work, facts):
+        real(work, facts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simulate._Work, "_committed", interrupt)
+        assert fedward("simulate", *files)[0] == 130
+    return files
+
+
+def test_an_interrupted_run_goes_on_with_resume(fedward, interrupted, tmp_path):
+    code, _, err = fedward("simulate", *interrupted, "--resume")
+    assert code == 0, err
+    report = report_of(tmp_path / "out")
+    assert report["rounds"] == 2
+    assert len(tiny.facts_of(tmp_path / "out" / "run", Phase.COMMITTED)) == 2
+
+
+def test_an_interrupted_run_is_not_thrown_away_by_mistake(fedward, interrupted):
+    code, _, err = fedward("simulate", *interrupted)
+    assert code == 2
+    assert "holds an unfinished run: add --resume" in err
+
+
+def test_another_plan_does_not_go_on_with_the_run(fedward, interrupted):
+    plan = interrupted[0]
+    plan.write_text(plan.read_text().replace("epsilon = 8.0", "epsilon = 4.0"))
+    code, _, err = fedward("simulate", *interrupted, "--resume")
+    assert code == 2
+    assert "holds a run of another plan" in err
+
+
+def test_a_round_committed_in_the_instant_before_a_kill_is_in_the_report(
+    fedward, files, tmp_path, monkeypatch
+):
+    def interrupt(work, facts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simulate._Work, "_committed", interrupt)
+        assert fedward("simulate", *files)[0] == 130
+    assert fedward("simulate", *files, "--resume")[0] == 0
+    report = report_of(tmp_path / "out")
+    assert report["rounds"] == 2
+    assert len(report["curves"]["federated"]) == 3
+
+
+def test_the_demos_accident_costs_one_site_one_round(fedward, files, tmp_path, monkeypatch):
+    real = simulate.load_case
+
+    def with_accident(options, console):
+        case = real(options, console)
+        return freeze_case(case.plan, options.data, killed="b")
+
+    monkeypatch.setattr(simulate, "load_case", with_accident)
+    plan = files[0]
+    plan.write_text(plan.read_text().replace("count = 2", "count = 3"))
+    rows = [row for name in "abcd" for row in tiny.make_rows(name, 4)]
+    tiny.write_data(files[2], rows)
+    code, out, err = fedward("simulate", *files)
+    assert code == 0, err
+    assert report_of(tmp_path / "out")["cohorts"] == [
+        ["a", "b", "c", "d"],
+        ["a", "c", "d"],
+        ["a", "b", "c", "d"],
+    ]
+    assert "round 2: b left out: no answer at masked" in " ".join(out.split())
+
+
+def test_text_is_learned_as_well(fedward, tmp_path, base):
+    files = make_files(tmp_path, base, ('"classify"', '"sft"'))
+    code, _, err = fedward("simulate", *files)
+    assert code == 0, err
+    loss = report_of(tmp_path / "out")["loss"]
+    assert loss["base"] > 0
+    assert loss["federated"] > 0
+
+
+def test_sites_made_by_a_split(fedward, tmp_path, base):
+    split = 'split = { by = "label", alpha = 5.0, sites = 3 }'
+    files = make_files(tmp_path, base, ('site = "hospital"', split))
+    code, _, err = fedward("simulate", *files)
+    assert code == 0, err
+    assert set(report_of(tmp_path / "out")["epsilon"]) == {"site-0", "site-1", "site-2"}
+
+
+def test_metric_sums_are_kept_where_the_plan_asks(fedward, tmp_path, base):
+    files = make_files(tmp_path, base, ("[cohort]", "[metrics]\nepsilon = 2.0\n[cohort]"))
+    code, _, err = fedward("simulate", *files)
+    assert code == 0, err
+    notes = json.loads((tmp_path / "out" / "run" / "progress.json").read_text())
+    assert [set(slots) for slots in notes["slots"]] == [{"loss", "correct", "units"}] * 2
+    assert all(spent <= 10.0 for spent in report_of(tmp_path / "out")["epsilon"].values())
+
+
+def test_without_a_test_file_patients_are_held_out(fedward, tmp_path, base):
+    files = make_files(tmp_path, base)
+    (tmp_path / "data" / "test.jsonl").unlink()
+    assert fedward("simulate", *files)[0] == 0
+
+
+def test_a_hospital_with_one_patient_takes_part(fedward, tmp_path, base):
+    rows = [row for name in "abc" for row in tiny.make_rows(name, 1 if name == "b" else 4)]
+    code, _, err = fedward("simulate", *make_files(tmp_path, base, rows=rows))
+    assert code == 0, err
+    assert report_of(tmp_path / "out")["cohorts"] == [["a", "b", "c"]] * 2
+
+
+ROW = {"patient": "p", "text": CANARY, "label": "heart", "hospital": "a"}
+
+
+def rows_with(**changes):
+    """The usual rows, and one that does not fit, with a name in it that nobody may see."""
+    usual = [row for name in "abc" for row in tiny.make_rows(name, 3)]
+    return [*usual, {**ROW, **changes}]
+
+
+WRONG = {
+    "epsilon-0": (2, r"epsilon = 0", [("epsilon = 8.0", "epsilon = 0")], {}),
+    "unknown-key": (2, "did you mean 'epsilon'", [("epsilon = 8.0", "epsilom = 8.0")], {}),
+    "not-toml": (2, "plan.toml", [("count = 2", "count = = 2")], {}),
+    "minimum-2": (2, "minimum = 2", [("minimum = 3", "minimum = 2")], {}),
+    "another-model": (
+        2,
+        "names another model",
+        [("[tuner]", f'sha256 = "{"0" * 64}"\n[tuner]')],
+        {},
+    ),
+    "no-model": (1, "no such folder", [('path = "', 'path = "/nowhere')], {}),
+    "tuner": (2, "did you mean 'r'", [("r = 2", "rr = 2")], {}),
+    "no-column": (1, "no column 'hospitals'", [('"hospital"', '"hospitals"')], {}),
+    "no-sites": (1, "makes no sites", [('site = "hospital"', "")], {}),
+    "few-sites": (1, "makes 3 sites, but", [("minimum = 3", "minimum = 4")], {}),
+    "no-rows": (1, "no records", [], {"rows": []}),
+    "no-test": (1, "no records", [], {"test": []}),
+    "text": (1, "row 19: column 'text' must hold text", [], {"rows": rows_with(text=[CANARY])}),
+    "site": (1, "must hold the name of a site", [], {"rows": rows_with(hospital="")}),
+    "label": (
+        1,
+        "must hold one of the plan's labels",
+        [('"classify"', '"classify"\nlabels = ["heart", "lung"]')],
+        {"rows": rows_with(label=CANARY)},
+    ),
+    "template": (
+        2,
+        "expected '}' before end of string",
+        [("[data]", '[data]\ntemplate = "{text"')],
+        {},
+    ),
+    "empty-site": (
+        1,
+        "without a patient",
+        [('site = "hospital"', 'split = { by = "label", alpha = 0.01, sites = 9 }')],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "message", "changes", "data"), WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_message_and_an_exit_code(
+    fedward, tmp_path, base, code, message, changes, data
+):
+    files = make_files(tmp_path, base, *changes, **data)
+    found, out, err = fedward("simulate", *files, "--json")
+    assert (found, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert "CANARY" not in err
+    assert err.strip().startswith("error:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "x"], "--data needs a PLAN"),
+        (["plan.toml"], "a PLAN needs --data"),
+        (["nowhere.toml", "--data", "x"], "nowhere.toml"),
+        (["plan.toml", "--engine", "spark"], "spark"),
+        (["plan.toml", "--seed", "-1"], "-1"),
+        (["--unknown"], "--unknown"),
+    ],
+)
+def test_wrong_options_are_exit_code_2(fedward, tmp_path, monkeypatch, base, arguments, message):
+    make_files(tmp_path, base)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = fedward("simulate", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_data_that_is_not_there(fedward, files):
+    files[2] = "nowhere"
+    code, _, err = fedward("simulate", *files)
+    assert code == 1
+    assert "nowhere: no such file or folder" in err
