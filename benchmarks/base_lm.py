@@ -75,7 +75,7 @@ FULL = Size(
     block=128,
     characters=4_000_000,
     training=FullTraining(
-        steps=800, batch_size=16, learning_rate=1.5e-3, weight_decay=0.05, save_every=50
+        steps=300, batch_size=16, learning_rate=1.5e-3, weight_decay=0.05, save_every=50
     ),
 )
 QUICK = Size(

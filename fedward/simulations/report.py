@@ -152,6 +152,27 @@ def render_table(facts: Report) -> Table:
     return table
 
 
+def render_sites(facts: Report) -> Table:
+    """What each site spent and sent, as a table for the terminal."""
+    table = Table(title="Sites", title_justify="left")
+    table.add_column("site")
+    for heading in ("epsilon spent", "bytes up", "rounds in a sum"):
+        table.add_column(heading, justify="right")
+    for site, epsilon in facts.epsilon.items():
+        rounds = sum(site in cohort for cohort in facts.cohorts)
+        table.add_row(site, f"{epsilon:.2f}", f"{facts.bytes_up.get(site, 0):,}", str(rounds))
+    return table
+
+
+def render_seen(seen: Seen) -> str:
+    """What the coordinator saw, as two lines for the terminal."""
+    numbers = " ".join(f"{value:+.4f}" for value in seen.total[:4])
+    return (
+        f"the coordinator saw of {seen.site}: {seen.masked[:24].hex(' ', 4)} ...\n"
+        f"and of the sum over the cohort: {numbers} ..."
+    )
+
+
 def render_page(facts: Report) -> str:
     """The facts as one self-contained page: no script and nothing loaded from elsewhere."""
     name = escape(facts.plan.name)

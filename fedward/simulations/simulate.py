@@ -31,7 +31,15 @@ from fedward.simulations.case import Case, Options, load_case
 from fedward.simulations.comparison import evaluate_adapter, pooled, train_in_one_place
 from fedward.simulations.federation import RUN, Federation
 from fedward.simulations.grid import FIRST_NODE
-from fedward.simulations.report import Report, Scores, Seen, render_table, write_report
+from fedward.simulations.report import (
+    Report,
+    Scores,
+    Seen,
+    render_seen,
+    render_sites,
+    render_table,
+    write_report,
+)
 from fedward.tuning.metrics import Metrics
 from fedward.tuning.prompts import input_text
 from fedward.tuning.records import Records, select
@@ -61,6 +69,9 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
     report = dataclasses.replace(report, seconds=work.before + time.monotonic() - started)
     write_report(options.out, report)
     console.print(render_table(report))
+    console.print(render_sites(report))
+    if report.seen is not None:
+        console.print(render_seen(report.seen), highlight=False)
     console.print(f"report: {options.out / 'report.html'}")
     return report.to_json()
 

@@ -11,7 +11,16 @@ import pytest
 from rich.console import Console
 
 from fedward.plan import Model, Plan, Privacy, Rounds, Task
-from fedward.simulations.report import Report, Scores, Seen, render_page, render_table, write_report
+from fedward.simulations.report import (
+    Report,
+    Scores,
+    Seen,
+    render_page,
+    render_seen,
+    render_sites,
+    render_table,
+    write_report,
+)
 
 PLAN = Plan(
     name="four-hospitals",
@@ -182,3 +191,14 @@ def test_the_table_has_every_score_and_marks_the_best():
 def test_the_lowest_loss_is_the_best():
     text = printed(dataclasses.replace(FACTS, plan=SFT))
     assert re.search(r"\x1b\[1m[^\x1b]*base model", text)
+
+
+def test_the_terminal_shows_what_each_site_spent_and_what_the_coordinator_saw():
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render_sites(FACTS))
+    text = console.file.getvalue()
+    row = next(line for line in text.splitlines() if "south" in line)
+    assert [word for word in row.split() if word[0].isdigit()] == ["6.50", "80,000", "2"]
+    seen = render_seen(SEEN)
+    assert "c8c9cacb" in seen
+    assert "+0.0100 -0.0200" in seen
