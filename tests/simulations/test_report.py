@@ -194,9 +194,9 @@ def test_the_lowest_loss_is_the_best():
 
 
 def test_the_terminal_shows_what_each_site_spent_and_what_the_coordinator_saw():
-    console = Console(file=io.StringIO(), width=100)
-    console.print(render_sites(FACTS))
-    text = console.file.getvalue()
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(render_sites(FACTS))
+    text = stream.getvalue()
     row = next(line for line in text.splitlines() if "south" in line)
     assert [word for word in row.split() if word[0].isdigit()] == ["6.50", "80,000", "2"]
     seen = render_seen(SEEN)
