@@ -148,12 +148,15 @@ class SessionParameters:
         try:
             fields = json.loads(data)
             parsed = _build(_typed(fields))
-        except (ValueError, KeyError, TypeError, RecursionError, ConfigurationError) as error:
+            canonical = parsed.to_bytes() == data  # raises where a text holds half a surrogate pair
+        except _MALFORMED as error:
             raise ProtocolError("the session's parameters are malformed") from error
-        if parsed.to_bytes() != data:
+        if not canonical:
             raise ProtocolError("the session's parameters are not in canonical form")
         return parsed
 
+
+_MALFORMED = (ValueError, OverflowError, KeyError, TypeError, RecursionError, ConfigurationError)
 
 _TEXT = ("proto", "run", "roster_hash", "task_hash", "gamma", "clip", "weights", "noise")
 

@@ -139,8 +139,154 @@ def primitives_vector() -> dict[str, Any]:
     }
 
 
+def messages_to(site: int, out: dict[str, Any]) -> dict[str, bytes]:
+    """What the coordinator sends a site of the session vector, exchange by exchange."""
+    ids = sorted(out["hello"])
+    envelopes = b""
+    for dealer in ids:
+        head, rows = out["shares"][dealer][:100], out["shares"][dealer][100:]
+        for row in (rows[o : o + 214] for o in range(0, len(rows), 214)):
+            if row[:4] == ref.i(site):
+                envelopes += ref.i(dealer) + head[4:36] + row[4:]
+    return {
+        "R1": b"SA1H" + b"".join(out["hello"][n] for n in ids),
+        "R2": b"SA1E" + len(ids).to_bytes(4, "big") + b"".join(map(ref.i, ids)) + envelopes,
+        "R3": b"SA1Y" + b"".join(out["masked"][n][1] for n in ids),
+        "R4": b"SA1V" + b"".join(out["vote"][n] for n in ids),
+    }
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def refused_vector() -> dict[str, Any]:
+    """Well-formed messages that site 2 of the session vector must refuse."""
+    sites = three_sites()
+    vector = session_vector()
+    out = ref.transcript(vector["parameters"].encode(), sites, 4)
+    good = messages_to(2, out)
+    r1, r2, r3, r4 = (good[stage] for stage in ("R1", "R2", "R3", "R4"))
+    forged = ref.sig(secret("stranger"), "R3", out["sid"], out["u3"])
+    other = ref.sig(sites[7]["identity"], "R3", out["sid"], bytes(32))
+    cases = [
+        ("R0", "another minimum", vector["parameters"].replace('sites":3', 'sites":4').encode()),
+        ("R0", "another run", vector["parameters"].replace("vectors", "vectora").encode()),
+        ("R1", "a site is missing: below the minimum", r1[: 4 + 2 * 164]),
+        ("R1", "its own hello is missing", r1[:4] + r1[4 + 164 :]),
+        *[
+            ("R1", f"byte {o} of a hello is another", flipped(r1, 4 + 164 + o))
+            for o in (3, 10, 40, 80, 120)
+        ],
+        ("R1", "site 7's hello under the id 8", r1[: 4 + 164] + ref.i(8) + r1[4 + 168 :]),
+        ("R2", "its own id is missing", r2[:4] + ref.i(2) + r2[12:]),
+        ("R2", "an id that was not in U1", r2[:16] + ref.i(301) + r2[20:]),
+        ("R2", "an envelope is missing", r2[: 20 + 246]),
+        (
+            "R2",
+            "both envelopes are of one dealer's text",
+            r2[: 20 + 246] + ref.i(300) + r2[24 : 20 + 246],
+        ),
+        *[
+            ("R2", f"byte {o} of an envelope is another", flipped(r2, 20 + o))
+            for o in (10, 40, 130, 150, 200)
+        ],
+        ("R3", "its own header is missing", r3[:4] + r3[104:]),
+        ("R3", "a survivor too few", r3[:204]),
+        *[("R3", f"byte {o} of a header is another", flipped(r3, 104 + o)) for o in (3, 10, 50)],
+        ("R4", "below the quorum of 2", r4[: 4 + 68]),
+        ("R4", "a stranger's signature", r4[:4] + ref.i(2) + forged + r4[72:]),
+        ("R4", "a vote for another survivor set", r4[:72] + ref.i(7) + other),
+        ("R4", "a signer outside U3", r4[: 4 + 2 * 68] + ref.i(301) + r4[-64:]),
+    ]
+    return {
+        "note": "site 2 of session.json gets the good messages up to a stage, then the bad one",
+        "site": 2,
+        "good": {
+            "R0": vector["parameters"].encode().hex(),
+            **{k: v.hex() for k, v in good.items()},
+        },
+        "bad": [{"stage": s, "why": why, "message": m.hex()} for s, why, m in cases],
+    }
+
+
+def malformed_vector() -> list[dict[str, str]]:
+    """Messages that no decoder may take."""
+    sites = three_sites()
+    parameters = (PARAMETERS % (roster_hash(sites).hex(), ref.h("task").hex())).encode()
+    out = ref.transcript(parameters, sites, 4)
+    good = messages_to(2, out)
+    hello, shares = b"SA1h" + out["hello"][2], b"SA1s" + out["shares"][2]
+    header, vote = b"SA1y" + out["masked"][2][1], b"SA1v" + out["vote"][2]
+    released = b"SA1r" + ref.i(2) + b"".join(ref.i(n) + bytes(33) for n in (2, 7))
+    cases = []
+    for kind, message, head, size in (
+        ("hello", hello, 4, 164),
+        ("hellos", good["R1"], 4, 164),
+        ("shares", shares, 104, 214),
+        ("envelopes", good["R2"], 20, 246),
+        ("header", header, 4, 100),
+        ("survivors", good["R3"], 4, 100),
+        ("vote", vote, 4, 68),
+        ("certificate", good["R4"], 4, 68),
+        ("released", released, 8, 37),
+    ):
+        one, two = message[head : head + size], message[head + size : head + 2 * size]
+        cases += [
+            (kind, "empty", b""),
+            (kind, "another kind", b"SA1x" + message[4:]),
+            (kind, "another version", b"SA2" + message[3:]),
+            (kind, "a byte short", message[:-1]),
+            (kind, "a byte long", message + b"\0"),
+        ]
+        if two:
+            cases += [
+                (kind, "a record twice", message[:head] + one + one),
+                (kind, "records in the wrong order", message[:head] + two + one),
+            ]
+    cases += [
+        ("envelopes", "more ids promised than come", b"SA1E" + b"\xff" * 4 + good["R2"][8:]),
+        ("envelopes", "ids in the wrong order", good["R2"][:8] + good["R2"][8:16][::-1]),
+    ]
+    for why, old, new in (
+        ("a space", b'"attempt":1', b'"attempt": 1'),
+        ("a real number", b'"attempt":1', b'"attempt":1.0'),
+        ("true for 1", b'"attempt":1', b'"attempt":true'),
+        ("attempt 0", b'"attempt":1', b'"attempt":0'),
+        ("a key is missing", b'"attempt":1,', b""),
+        ("an unknown key", b'"attempt":1', b'"attempt":1,"attempu":1'),
+        ("a key twice", b'"attempt":1', b'"attempt":1,"attempt":1'),
+        ("another protocol", b"secagg/1", b"secagg/2"),
+        ("a decimal real", b'"0x0.0p+0"', b'"0.0"'),
+        ("noise without end", b'"0x0.0p+0"', b'"inf"'),
+        ("noise beyond a double", b'"0x0.0p+0"', b'"0x1p5000"'),
+        ("a grid step that does not follow", b"0x1.0000000800000p-29", b"0x1.0p-29"),
+        ("24-bit words", b'"word_bits":32', b'"word_bits":24'),
+        ("a minimum of 2", b'"minimum":3', b'"minimum":2'),
+        ("a minimum of T + 1", b'"colluders":0', b'"colluders":2'),
+        ("a minimum above the sites", b'"minimum":3', b'"minimum":4'),
+        ("hidden weights", b"uniform", b"secret!"),
+        ("a short hash", b'"roster_hash":"', b'"roster_hash":"00'),
+        ("half a surrogate pair", b'"run":"vectors"', b'"run":"\\ud800"'),
+    ):
+        changed = parameters.replace(old, new)
+        assert changed != parameters
+        cases.append(("parameters", why, changed))
+    return [{"kind": kind, "why": why, "message": data.hex()} for kind, why, data in cases]
+
+
+def all_vectors() -> dict[str, Any]:
+    """Every file's content by name."""
+    return {
+        "primitives": primitives_vector(),
+        "session": session_vector(),
+        "refused": refused_vector(),
+        "malformed": malformed_vector(),
+    }
+
+
 def main() -> None:
-    for name, value in (("primitives", primitives_vector()), ("session", session_vector())):
+    for name, value in all_vectors().items():
         text = json.dumps(value, indent=1) + "\n"
         (HERE / f"{name}.json").write_text(text)
 

@@ -28,6 +28,7 @@ from tests.aggregation.make_vectors import secret
 VECTORS = Path(__file__).parent / "vectors"
 PRIMITIVES = json.loads((VECTORS / "primitives.json").read_text())
 SESSION = json.loads((VECTORS / "session.json").read_text())
+REFUSED = json.loads((VECTORS / "refused.json").read_text())
 
 
 def replay(draws: list[str]) -> Callable[[int], bytes]:
@@ -43,8 +44,9 @@ def replay(draws: list[str]) -> Callable[[int], bytes]:
 
 
 def test_the_files_are_what_the_reference_writes():
-    assert json.loads(json.dumps(make_vectors.primitives_vector())) == PRIMITIVES
-    assert json.loads(json.dumps(make_vectors.session_vector())) == SESSION
+    for name, value in make_vectors.all_vectors().items():
+        written = json.loads((VECTORS / f"{name}.json").read_text())
+        assert json.loads(json.dumps(value)) == written, name
 
 
 def test_digest():
@@ -174,3 +176,38 @@ def test_bad_hello(position):
     reply[position] ^= 1
     with pytest.raises(ProtocolError):
         tally.add_hello(7, bytes(reply))
+
+
+STAGES = ("R0", "R1", "R2", "R3", "R4")
+
+
+def deliver(session: SiteSession, stage: str, message: bytes) -> None:
+    if stage == "R2":
+        words = np.array(SESSION["sites"][str(REFUSED["site"])]["input"], dtype=np.uint32)
+        session.masked(message, words)
+    else:
+        names = {"R0": "hello", "R1": "shares", "R3": "consistency", "R4": "unmask"}
+        getattr(session, names[stage])(message)
+
+
+def led_to(stage: str) -> SiteSession:
+    """The vector's site after the good messages before a stage."""
+    session = vector_sites()[3][REFUSED["site"]]
+    for before in STAGES[: STAGES.index(stage)]:
+        deliver(session, before, bytes.fromhex(REFUSED["good"][before]))
+    return session
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_good_messages_of_the_refused_vectors_are_good(stage):
+    deliver(led_to(stage), stage, bytes.fromhex(REFUSED["good"][stage]))
+
+
+@pytest.mark.parametrize(
+    "case", REFUSED["bad"], ids=[f"{c['stage']} {c['why']}" for c in REFUSED["bad"]]
+)
+def test_vectors_that_a_site_must_refuse(case):
+    session = led_to(case["stage"])
+    with pytest.raises(ProtocolError):
+        deliver(session, case["stage"], bytes.fromhex(case["message"]))
+    assert session.dead
