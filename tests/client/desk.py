@@ -75,12 +75,12 @@ class Scripted:
 
 
 class Desk:
-    """Three sites with real folders, and the coordinator's key."""
+    """Sites with real folders, and the coordinator's key."""
 
-    def __init__(self, folder: Path, *, policy: Policy = POLICY) -> None:
+    def __init__(self, folder: Path, *, sites: int = SITES, policy: Policy = POLICY) -> None:
         self.folder, self.policy = folder, policy
         self.identity = Identity(bytes([9]) * 32)
-        self.keys = [Identity(bytes([site + 1]) * 32) for site in range(SITES)]
+        self.keys = [Identity(bytes([site + 1]) * 32) for site in range(sites)]
         self.roster = Roster(
             epoch=1,
             coordinator=self.identity.public_key,
@@ -89,9 +89,9 @@ class Desk:
                 for site, key in enumerate(self.keys)
             ),
         )
-        self.trainers = [Scripted(site) for site in range(SITES)]
+        self.trainers = [Scripted(site) for site in range(sites)]
         self.files: dict[int, tuple[Ledger, SiteMemory]] = {}
-        self.agents = {site: self.agent(site) for site in range(SITES)}
+        self.agents = {site: self.agent(site) for site in range(sites)}
         self.adapter, self.previous = START, dict[str, bytes]()
 
     def agent(self, site: int, trainer: Trainer | None = None) -> Agent:
