@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from federation_grid.cells import TASKS, Cell, Grid, grid
 from federation_grid.tables import checks, compare, figures, markdown
+from transformers.utils import logging
 
 from fedward.errors import ConfigurationError, FedwardError
 from fedward.plan import Plan
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--quick", action="store_true", help="a short demo that is not kept")
     options = parser.parse_args()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
     print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="fedward-") as scratch:

@@ -204,7 +204,12 @@ class Grid:
 
 
 def _without_privacy(plan: Plan) -> Plan:
-    return dataclasses.replace(plan, privacy=dataclasses.replace(plan.privacy, epsilon=math.inf))
+    """The plan without clip and noise; plain steps then go as far along a gradient of length 1."""
+    rounds, privacy = plan.rounds, dataclasses.replace(plan.privacy, epsilon=math.inf)
+    if rounds.optimizer == "sgd":  # AdamW does not feel the length of a gradient
+        rate = rounds.learning_rate * plan.privacy.clip
+        rounds = dataclasses.replace(rounds, learning_rate=rate)
+    return dataclasses.replace(plan, rounds=rounds, privacy=privacy)
 
 
 def _federate(plan: Plan, case: Case, folder: Path) -> tuple[bytes, dict[str, Any]]:
