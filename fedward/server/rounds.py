@@ -155,6 +155,7 @@ class RoundEngine:
     def _round(self, grid: Grid, state: State) -> None:
         """Try a round until it is committed."""
         first, last = state.attempts + 1, state.attempts + self._plan.rounds.spare + _EXTRA_ATTEMPTS
+        failure = ""
         for number in range(first, last + 1):
             attempt = Attempt(run=self._run, round=state.committed + 1, attempt=number)
             self._record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
@@ -165,7 +166,7 @@ class RoundEngine:
                 self._record(attempt, Phase.ABORTED, {"reason": str(error), "fault": fault})
                 if isinstance(error, _NoHope):
                     raise CohortTooSmall(str(error)) from error
-                failure, state = error, self._fold()
+                failure, state = str(error), self._fold()
                 continue
             self._commit(attempt, state, result)
             return

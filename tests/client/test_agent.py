@@ -37,7 +37,7 @@ def desk(tmp_path):
     desk.close()
 
 
-def spent(desk, site=0):
+def spent(desk: Desk, site: int = 0) -> int:
     return desk.ledger(site).spent(RUN)
 
 

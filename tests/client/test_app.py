@@ -21,7 +21,7 @@ def desk(tmp_path):
     desk.close()
 
 
-def send(desk, content, kind):
+def send(desk: Desk, content: RecordDict, kind: str) -> Message:
     """One message through the site's ClientApp, over the in-process grid."""
     grid = LocalGrid({2: lambda: client_app(desk.agents[0])})
     try:

@@ -25,18 +25,21 @@ NAKED = dataclasses.replace(PLAN, privacy=Privacy(epsilon=math.inf, delta=1e-5))
 WITHOUT = dataclasses.replace(PLAN, metrics=None)
 
 
-def stream(number=0):
+def stream(number: int = 0) -> SecureStream:
     return SecureStream(bytes([number]) * 32)
 
 
-def metrics(losses, correct=None):
+def metrics(losses: list[float], correct: list[int] | None = None) -> Metrics:
     found = None if correct is None else np.array(correct, dtype=np.float64)
     return Metrics(loss=0.0, losses=np.array(losses, dtype=np.float64), correct=found)
 
 
-def exact(losses, units, correct=None):
+def exact(
+    losses: list[float], units: list[list[int]], correct: list[int] | None = None
+) -> list[float]:
     """The sums before noise."""
-    return metric_slots(metrics(losses, correct), units, NAKED, stream()).tolist()
+    found: list[float] = metric_slots(metrics(losses, correct), units, NAKED, stream()).tolist()
+    return found
 
 
 def test_without_metrics_there_is_no_slot_and_no_cost():
@@ -76,7 +79,7 @@ def test_the_event_is_the_smallest_noise_that_keeps_to_the_plans_metrics_epsilon
     assert epsilon([event.times(rounds)], delta) <= 2.0 < epsilon([less.times(rounds)], delta)
 
 
-def scale(factor):
+def scale(factor: float) -> float:
     """Standard deviation of the noise that nobody's metrics get, over ``factor`` of the charge."""
     event = metric_event(PLAN)
     assert event is not None

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,24 +13,25 @@ from fedward.attempt import Attempt
 from fedward.client import trainer as module
 from fedward.client.trainer import LocalTrainer, TrainRequest, mechanism, training_event
 from fedward.errors import DataError, ModelError
-from fedward.plan import Metrics, Privacy
+from fedward.plan import Metrics, Plan, Privacy
 from fedward.privacy.accounting import epsilon
 from fedward.privacy.noise import SecureStream
 from fedward.tuning.adapter import flatten, from_bytes, load_adapter
-from fedward.tuning.objectives import encode
+from fedward.tuning.objectives import encode, loss_per_example
 from fedward.tuning.records import Records, group
 from fedward.tuning.tuned import tuned_model
+from fedward.tuning.vector import Vector
 from tests.simulations import tiny
 
 EMPTY = Records(rows=(), units=())
 
 
-def request(plan, *, draw=0, round=1, **changes):
+def request(plan: Plan, *, draw: int = 0, number: int = 1, **changes: Any) -> TrainRequest:
     """What an agent asks for in the first session."""
     tuned = tuned_model(plan)
-    given = {
+    given: dict[str, Any] = {
         "plan": plan,
-        "attempt": Attempt(run="r", round=round),
+        "attempt": Attempt(run="r", round=number),
         "draw": draw,
         "adapter": tuned.start,
         "layout": tuned.layout,
@@ -36,7 +39,7 @@ def request(plan, *, draw=0, round=1, **changes):
     return TrainRequest(**(given | changes))
 
 
-def update(plan, records, *, site="a", **changes):
+def update(plan: Plan, records: Records, *, site: str = "a", **changes: Any) -> Vector:
     trainer = LocalTrainer(records, key=tiny.key(site))
     return trainer.train(request(plan, **changes)).update
 
@@ -46,10 +49,11 @@ def plan(base):
     return tiny.make_plan(base)
 
 
-def broken_loss(monkeypatch, value=math.nan):
+def broken_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose loss is not a number for any record."""
-    real = module.loss_per_example
-    monkeypatch.setattr(module, "loss_per_example", lambda *args: real(*args) * value)
+    monkeypatch.setattr(
+        module, "loss_per_example", lambda *args: loss_per_example(*args) * math.nan
+    )
 
 
 def test_an_update_is_the_trainable_parameters_and_reproducible(plan):
@@ -60,7 +64,7 @@ def test_an_update_is_the_trainable_parameters_and_reproducible(plan):
     assert np.array_equal(one, again)
 
 
-@pytest.mark.parametrize("change", [{"site": "b"}, {"draw": 1}, {"round": 2}])
+@pytest.mark.parametrize("change", [{"site": "b"}, {"draw": 1}, {"number": 2}])
 def test_another_key_draw_or_round_has_other_noise(plan, change):
     records = tiny.make_records("a", 4)
     assert not np.array_equal(update(plan, records), update(plan, records, **change))
@@ -87,7 +91,7 @@ def test_the_noise_of_the_plan_is_the_smallest_that_keeps_to_it(plan):
     assert epsilon([whole], privacy.delta) <= privacy.epsilon < epsilon([less], privacy.delta)
 
 
-def noise_of_one_step(base, *, factor=1.0):
+def noise_of_one_step(base: Path, *, factor: float = 1.0) -> float:
     """Standard deviation of a step that sees nobody, over sigma x clip x rate / normaliser."""
     rounds = tiny.make_rounds(optimizer="sgd", learning_rate=1.0)
     plan = tiny.make_plan(base, rounds=rounds)
@@ -136,10 +140,9 @@ def test_without_privacy_a_loss_that_is_no_number_is_an_error(base, monkeypatch)
 def test_one_patient_that_breaks_the_loss_counts_as_zero(base, monkeypatch):
     plan = tiny.make_plan(base, privacy=tiny.NAKED)
     records = tiny.make_records("a", 4, notes=1)
-    real = module.loss_per_example
 
     def third_breaks(model, batch):
-        return real(model, batch) * torch.tensor([1.0, 1.0, math.inf, 1.0])
+        return loss_per_example(model, batch) * torch.tensor([1.0, 1.0, math.inf, 1.0])
 
     without = group([row for i, row in enumerate(records.rows) if i != 2], "patient")
     expected = update(plan, without)

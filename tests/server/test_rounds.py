@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Message
+from flwr.clientapp import ClientApp
 
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.schemes import next_vector
@@ -14,6 +18,7 @@ from fedward.client.app import client_app
 from fedward.errors import CohortTooSmall, DataError, IdentityError, RoundError
 from fedward.identity import Identity
 from fedward.messages import Letter, open_letter, seal_letter
+from fedward.plan import Plan
 from fedward.server.rounds import RoundEngine
 from fedward.server.store import EVERYBODY, Phase, RunStore
 from fedward.simulations.grid import FIRST_NODE, LocalGrid
@@ -27,22 +32,25 @@ LIAR = 1
 class Rig:
     """A coordinator with a store of its own, and four sites on a grid that may tamper."""
 
-    def __init__(self, folder, *, grid=LocalGrid, plan=PLAN):
+    def __init__(
+        self, folder: Path, *, grid: type[LocalGrid] = LocalGrid, plan: Plan = PLAN
+    ) -> None:
         self.folder, self.plan = folder, plan
         self.desk, self.store = Desk(folder / "sites", sites=4), RunStore(folder / "store")
         self.nodes = {site: site + FIRST_NODE for site in range(4)}
-        self.seen, self.told = [], []
-        self.grid = grid(
+        self.seen, self.told = list[Message](), list[Any]()
+        made: Any = grid(
             {node: self.factory(site) for site, node in self.nodes.items()},
             watch=self.seen.append,
         )
-        self.grid.rig = self
+        made.rig = self
+        self.grid = made
 
-    def factory(self, site):
+    def factory(self, site: int) -> Callable[[], ClientApp]:
         return lambda: client_app(self.desk.agents[site])
 
-    def engine(self, **changes):
-        given = {
+    def engine(self, **changes: Any) -> RoundEngine:
+        given: dict[str, Any] = {
             "plan": self.plan,
             "run": RUN,
             "identity": self.desk.identity,
@@ -55,18 +63,18 @@ class Rig:
         }
         return RoundEngine(**(given | changes))
 
-    def run(self, **changes):
+    def run(self, **changes: Any) -> bytes:
         return self.engine(**changes).run(self.grid)
 
-    def facts(self, phase):
+    def facts(self, phase: Phase) -> list[tuple[int, Any]]:
         found = [event for event in self.store.events(RUN) if event.phase is phase]
         return [(event.site, json.loads(event.payload)) for event in found]
 
     @property
-    def cohorts(self):
+    def cohorts(self) -> list[list[int]]:
         return [facts["cohort"] for _, facts in self.facts(Phase.COMMITTED)]
 
-    def close(self):
+    def close(self) -> None:
         self.grid.close()
         self.store.close()
         self.desk.close()
@@ -98,7 +106,7 @@ def test_every_round_is_committed_once_and_the_adapter_follows_from_the_sums(mak
         words = np.frombuffer(rig.store.blob(facts["sum"]), dtype=np.int32)
         vector = next_vector(vector, words * parameters.grid.gamma / 4)
         assert np.array_equal(vector_of(rig.store.blob(facts["adapter"]), LAYOUT), vector)
-    assert rig.store.blob(facts["adapter"]) == adapter
+    assert np.array_equal(vector_of(adapter, LAYOUT), vector)
 
 
 def test_the_phases_of_a_round_come_in_their_order(make_rig):
@@ -151,7 +159,8 @@ def test_the_coordinator_has_the_key_that_the_roster_names(make_rig):
 class DeafGrid(LocalGrid):
     """Messages to one site never arrive, and nothing comes back."""
 
-    def push_messages(self, messages):
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
         arriving = [m for m in messages if m.metadata.dst_node_id != LIAR + FIRST_NODE]
         lost = ["lost"] * (len(messages) - len(arriving))
         return [*super().push_messages(arriving), *lost]
@@ -174,7 +183,7 @@ class LyingGrid(LocalGrid):
     def change(self, letter: Letter) -> Letter:
         return letter
 
-    def _deliver(self, message):
+    def _deliver(self, message: Message) -> Message:
         reply = super()._deliver(message)
         metadata = reply.metadata
         if metadata.src_node_id != LIAR + FIRST_NODE or metadata.group_id != "1":
@@ -186,20 +195,20 @@ class LyingGrid(LocalGrid):
         return Message(seal_letter(self.change(letter), desk.keys[LIAR], "site"), reply_to=message)
 
 
-def with_parts(letter, **parts):
+def with_parts(letter: Letter, **parts: bytes) -> Letter:
     return dataclasses.replace(letter, parts={**letter.parts, **parts})
 
 
-def other_words(letter):
+def other_words(letter: Letter) -> Letter:
     words = np.frombuffer(letter.part("words"), dtype=np.uint32) + np.uint32(1)
     return with_parts(letter, words=words.tobytes())
 
 
-def without(letter):
+def without(letter: Letter) -> Letter:
     return dataclasses.replace(letter, parts={})
 
 
-LIES = {
+LIES: dict[str, tuple[str, Callable[[Letter], Letter], str]] = {
     "another-site": ("task", lambda x: dataclasses.replace(x, site=0), "another letter"),
     "another-round": (
         "task",
@@ -238,7 +247,7 @@ def test_a_lying_site_is_left_out_and_the_others_sum_is_exact(make_rig, action, 
 class ForgingGrid(LyingGrid):
     """Somebody answers in a site's name without its key."""
 
-    def _deliver(self, message):
+    def _deliver(self, message: Message) -> Message:
         reply = LocalGrid._deliver(self, message)
         if message.metadata.dst_node_id != LIAR + FIRST_NODE:
             return reply

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedward.attempt import Attempt
 from fedward.client.trainer import LocalTrainer, TrainRequest, mechanism
+from fedward.plan import Plan
 from fedward.simulations.comparison import evaluate_adapter, pooled, train_in_one_place
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import vector_of
@@ -16,7 +19,7 @@ SITES = tiny.make_sites(3, patients=6)
 TEST = tiny.make_records("t", 8)
 
 
-def naked(base, **rounds):
+def naked(base: Path, **rounds: Any) -> Plan:
     changes = {"count": 3, "steps": 4, "learning_rate": 0.05, **rounds}
     return tiny.make_plan(base, privacy=tiny.NAKED, rounds=tiny.make_rounds(**changes))
 
@@ -79,7 +82,7 @@ def test_with_privacy_the_noise_is_the_plans_whoever_trains(base):
     plan = dataclasses.replace(plan, privacy=dataclasses.replace(plan.privacy, epsilon=1.0))
     layout, step = tuned_model(plan).layout, mechanism(plan)
 
-    def spread(sites, factor=1.0):
+    def spread(sites: int, factor: float = 1.0) -> float:
         pair = [
             vector_of(train_in_one_place(plan, SITES["a"], sites=sites), layout) for _ in range(2)
         ]

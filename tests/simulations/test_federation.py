@@ -1,5 +1,8 @@
 """Whole federations: the sum is exact whoever dies when, and every site spends what it sent."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from flwr.app import Error, Message
@@ -7,10 +10,14 @@ from flwr.common.constant import ErrorCode
 
 from fedward.aggregation.fixed_point import Grid, decode
 from fedward.aggregation.schemes import next_vector
+from fedward.attempt import Attempt
+from fedward.canonical import Json
 from fedward.errors import CohortTooSmall, RoundError
 from fedward.messages import MESSAGE_TYPES
-from fedward.plan import Cohort
+from fedward.plan import Cohort, Plan
+from fedward.server.rounds import Observer
 from fedward.server.store import Phase
+from fedward.simulations.federation import Federation
 from fedward.simulations.grid import FIRST_NODE, LocalGrid
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import vector_of
@@ -23,10 +30,10 @@ VICTIM = 1
 class Accident:
     """Kills one site at its first message of an action in round 1."""
 
-    def __init__(self, action, site=VICTIM):
+    def __init__(self, action: str, site: int = VICTIM) -> None:
         self.kind, self.node, self.happened = MESSAGE_TYPES[action], site + FIRST_NODE, False
 
-    def __call__(self, node, message):
+    def __call__(self, node: int, message: Message) -> bool:
         metadata = message.metadata
         here = (node, metadata.message_type, metadata.group_id) == (self.node, self.kind, "1")
         now = here and not self.happened
@@ -39,7 +46,7 @@ class LosingGrid(LocalGrid):
 
     accident: Accident
 
-    def _deliver(self, message):
+    def _deliver(self, message: Message) -> Message:
         reply = super()._deliver(message)
         node = message.metadata.dst_node_id
         if not self.accident(node, message):
@@ -48,17 +55,18 @@ class LosingGrid(LocalGrid):
         return Message(Error(ErrorCode.NODE_UNAVAILABLE), reply_to=message)
 
 
-def losing(federation, accident):
+def losing(federation: Federation, accident: Accident) -> None:
     """Let a federation run over a grid that loses one answer."""
     federation.grid.close()
-    federation.grid = LosingGrid(federation.grid._factories)
-    federation.grid.accident = accident
+    grid = LosingGrid(federation.grid._factories)
+    grid.accident = accident
+    federation.grid = grid
 
 
-def reviving_at_once(federation):
+def reviving_at_once(federation: Federation) -> Observer:
     """Starts killed sites again as soon as an attempt or a round is over."""
 
-    def observe(attempt, phase, site, facts):
+    def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
         if phase in {Phase.ABORTED, Phase.COMMITTED}:
             for node in federation.nodes.values():
                 federation.grid.revive(node)
@@ -66,7 +74,9 @@ def reviving_at_once(federation):
     return observe
 
 
-def check_sums(folder, plan, federation, trainers):
+def check_sums(
+    folder: Path, plan: Plan, federation: Federation, trainers: dict[str, tiny.Recorder]
+) -> None:
     """Every committed sum is that of its cohort's clipped updates, to one grid step a site."""
     layout = tuned_model(plan).layout
     grid = Grid(clip=plan.aggregation.update_clip, sites=len(federation.names), word_bits=32)
@@ -82,7 +92,13 @@ def check_sums(folder, plan, federation, trainers):
         assert np.array_equal(vector_of(adapter, layout), vector)
 
 
-def check_spend(folder, plan, federation, *, lost=()):
+def check_spend(
+    folder: Path,
+    plan: Plan,
+    federation: Federation,
+    *,
+    lost: Iterable[tuple[int, tuple[int, int, int]]] = (),
+) -> None:
     """Each ledger has as sent what the coordinator received, and what was lost on the way."""
     received = [e for e in tiny.events_of(folder) if e.phase is Phase.MASKED]
     for site, name in enumerate(federation.names):
@@ -172,7 +188,7 @@ def test_a_site_that_stays_away_ends_a_run_that_needs_it(tmp_path, base):
     assert tiny.sent(tmp_path, 0) == [], "nothing left, nothing was spent"
 
 
-def forbid(folder, *sites):
+def forbid(folder: Path, *sites: int) -> None:
     """Let some sites' policies allow a little less than the plan asks for."""
     for site in sites:
         (path,) = folder.glob(f"sites/{site:04d}-*/policy.toml")

@@ -2,9 +2,11 @@
 
 import threading
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
@@ -14,22 +16,24 @@ from fedward.simulations.grid import FIRST_NODE, LocalGrid
 NODES = (FIRST_NODE, FIRST_NODE + 1, FIRST_NODE + 2)
 
 
-def content(data=b"12345", **config):
+def content(data: bytes = b"12345", **config: Any) -> RecordDict:
     array = Array(dtype="uint8", shape=(len(data),), stype="raw", data=data)
     return RecordDict({"parts": ArrayRecord({"x": array}), "letter": ConfigRecord(config)})
 
 
-def echo(log=None, *, wait=None):
+def echo(
+    log: list[str] | None = None, *, wait: Callable[[], object] | None = None
+) -> Callable[[], ClientApp]:
     """A site that answers with what it got, and with how often it has been asked."""
     count = iter(range(1, 1000))
 
-    def build():
+    def build() -> ClientApp:
         app = ClientApp()
         log_here = [] if log is None else log
         log_here.append("built")
 
         @app.train()
-        def train(message, context):
+        def train(message: Message, context: Context) -> Message:
             if wait is not None:
                 wait()
             message.content.config_records["letter"]["count"] = next(count)
@@ -53,7 +57,7 @@ def make_grid():
         grid.close()
 
 
-def ask(grid, nodes=NODES, **config):
+def ask(grid: LocalGrid, nodes: Sequence[int] = NODES, **config: Any) -> list[Message]:
     messages = [grid.create_message(content(**config), "train", node, "1") for node in nodes]
     return list(grid.send_and_receive(messages))
 
@@ -63,7 +67,7 @@ def test_each_message_gets_its_own_reply(make_grid):
     messages = [grid.create_message(content(n=n), "train", n, "1") for n in NODES]
     ids = list(grid.push_messages(messages))
     assert len(set(ids)) == 3
-    found = []
+    found = list[Message]()
     while len(found) < 3:
         found += grid.pull_messages(ids)
     for reply in found:
@@ -79,7 +83,7 @@ def test_a_slow_site_does_not_hold_the_others_up(make_grid):
     ids = list(
         grid.push_messages([grid.create_message(content(), "train", n, "1") for n in (2, 3)])
     )
-    found = []
+    found = list[Message]()
     while not found:
         found = list(grid.pull_messages(ids))
         time.sleep(0.001)
@@ -96,7 +100,7 @@ def test_what_a_site_changes_stays_with_the_site(make_grid):
 
 
 def test_a_killed_site_answers_nothing_and_comes_back_without_its_memory(make_grid):
-    log = []
+    log = list[str]()
     grid = make_grid({FIRST_NODE: echo(log), FIRST_NODE + 1: echo()})
     ask(grid, (FIRST_NODE,))
     grid.kill(FIRST_NODE)
@@ -110,7 +114,7 @@ def test_a_killed_site_answers_nothing_and_comes_back_without_its_memory(make_gr
 
 
 def test_a_fault_kills_before_the_answer(make_grid):
-    log = []
+    log = list[str]()
     faults = iter([False, True])
     grid = make_grid({FIRST_NODE: echo(log)}, fault=lambda node, message: next(faults))
     assert not ask(grid, (FIRST_NODE,))[0].has_error()

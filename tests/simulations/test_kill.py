@@ -11,13 +11,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fedward import typed_toml
+from fedward.attempt import Attempt
+from fedward.canonical import Json
+from fedward.client.trainer import Trainer
 from fedward.plan import Plan
+from fedward.server.rounds import Observer
 from fedward.server.store import Phase
+from fedward.simulations.federation import Federation
 from tests.simulations import tiny
 
 PHASES = tuple(phase for phase in Phase if phase not in {Phase.LEFT_OUT, Phase.ABORTED})
@@ -27,12 +35,12 @@ class Killed(BaseException):
     """The power goes."""
 
 
-def killing(federation, phase, occurrence=1, round_number=1):
+def killing(phase: Phase, occurrence: int = 1) -> Observer:
     """An observer that ends everything when an event of a phase has become durable."""
-    seen = []
+    seen = list[int]()
 
-    def observe(attempt, found, site, facts):
-        if (found, attempt.round) == (phase, round_number):
+    def observe(attempt: Attempt, found: Phase, site: int, facts: Json) -> None:
+        if (found, attempt.round) == (phase, 1):
             seen.append(site)
             if len(seen) == occurrence:
                 raise Killed
@@ -40,14 +48,16 @@ def killing(federation, phase, occurrence=1, round_number=1):
     return observe
 
 
-def until_killed(folder, plan, trainers, *args):
+def until_killed(
+    folder: Path, plan: Plan, trainers: Mapping[str, Trainer], phase: Phase, occurrence: int = 1
+) -> None:
     """Run a federation until it is killed."""
     federation = tiny.make_federation(folder, plan, trainers)
     with pytest.raises(Killed):
-        federation.run(killing(federation, *args))
+        federation.run(killing(phase, occurrence))
 
 
-def check_books(folder, plan, federation):
+def check_books(folder: Path, plan: Plan, federation: Federation) -> set[Any]:
     """What ledgers, memories and coordinator say about one run agrees."""
     events = tiny.events_of(folder)
     received = {(e.site, e.attempt.order) for e in events if e.phase is Phase.MASKED}
@@ -94,10 +104,10 @@ def test_before_masked_the_same_adapter_comes_out_bit_by_bit(tmp_path, base, pha
     federation = tiny.make_federation(tmp_path / "killed", plan, trainers)
     federation.run()
     assert tiny.cohorts(tmp_path / "killed") == tiny.cohorts(tmp_path / "calm")
-    assert federation_sum(tmp_path / "killed") == federation_sum(tmp_path / "calm")
+    assert last_adapter(tmp_path / "killed") == last_adapter(tmp_path / "calm")
 
 
-def federation_sum(folder):
+def last_adapter(folder: Path) -> bytes:
     """The bytes of the last adapter."""
     return tiny.blob(folder, tiny.facts_of(folder, Phase.COMMITTED)[-1][1]["adapter"])
 
@@ -113,7 +123,7 @@ def test_after_masked_another_update_with_fresh_noise_goes_out(tmp_path, base):
     first, second = trainers["a"].results[0].update, again["a"].results[0].update
     assert [request.draw for request in again["a"].requests] == [1, 0]
     assert not np.array_equal(first, second)
-    assert federation_sum(tmp_path / "killed") != federation_sum(tmp_path / "calm")
+    assert last_adapter(tmp_path / "killed") != last_adapter(tmp_path / "calm")
 
 
 def test_killed_again_and_again_a_run_ends_where_its_budget_does(tmp_path, base):
@@ -169,7 +179,7 @@ clip = 0.5
 class Process:
     """``fedward simulate`` in processes of its own, over one folder."""
 
-    def __init__(self, folder, base, spare):
+    def __init__(self, folder: Path, base: Path, spare: int) -> None:
         self.out, self.plan_file = folder / "out", folder / "plan.toml"
         self.plan_file.write_text(PLAN_TEXT.format(base=base, spare=spare))
         rows = [row for name in "abc" for row in tiny.make_rows(name, 4)]
@@ -178,7 +188,7 @@ class Process:
         self.command += ["--data", str(data), "--out", str(self.out)]
         self.command += ["--federated-only", "--json", "--resume"]
 
-    def start(self):
+    def start(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             self.command,
             stdout=subprocess.PIPE,
@@ -187,14 +197,14 @@ class Process:
             start_new_session=True,
         )
 
-    def finish(self):
+    def finish(self) -> Any:
         """Let it run to its end; returns the report."""
         process = self.start()
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         return json.loads(output)
 
-    def kill_after(self, seconds):
+    def kill_after(self, seconds: float) -> bool:
         """Kill it so many seconds after the run's folder is there; whether it was still running."""
         process = self.start()
         started, log = time.monotonic(), self.out / "run" / "coordinator" / "runs.sqlite"
@@ -212,7 +222,7 @@ class Process:
         process.communicate()
         return running
 
-    def check(self):
+    def check(self) -> None:
         """The run is complete, and every book of it agrees."""
         report = self.finish()
         folder = self.out / "run"

@@ -11,7 +11,6 @@ from fedward.client.trainer import TrainRequest
 from fedward.errors import (
     ConfigurationError,
     DataError,
-    FedwardError,
     InvalidValue,
     ModelError,
     PolicyRefusal,
@@ -24,7 +23,7 @@ LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 LISTENING = "0A"
 
 
-def listeners():
+def listeners() -> set[str]:
     """Addresses and ports, as the kernel writes them, on which this machine listens."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     lines = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
@@ -60,7 +59,7 @@ def test_ray_gives_the_adapter_that_this_process_gives(tmp_path, base):
 @pytest.mark.parametrize(
     "error", [DataError("x"), InvalidValue("key", 1, "2"), PolicyRefusal(["one", "two"])]
 )
-def test_an_error_crosses_with_class_and_message(error: FedwardError):
+def test_an_error_crosses_with_class_and_message(error):
     crossed = _Failure(kind=type(error), text=str(error)).error()
     assert type(crossed) is type(error)
     assert str(crossed) == str(error)

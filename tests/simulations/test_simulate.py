@@ -2,15 +2,19 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedward import cli
 from fedward.server.store import Phase
 from fedward.simulations import simulate
-from fedward.simulations.case import freeze_case
+from fedward.simulations.case import freeze_case, load_case
 from tests.simulations import tiny
 
+Rows = Sequence[Mapping[str, Any]]
 CANARY = "CANARY-Smith"
 
 PLAN = """
@@ -62,7 +66,13 @@ def files(tmp_path, base):
     return make_files(tmp_path, base)
 
 
-def make_files(tmp_path, base, *replacements, rows=None, test=None):
+def make_files(
+    tmp_path: Path,
+    base: Path,
+    *replacements: tuple[str, str],
+    rows: Rows | None = None,
+    test: Rows | None = None,
+) -> list[Any]:
     text = PLAN.format(base=base)
     for old, new in replacements:
         assert old in text
@@ -75,7 +85,7 @@ def make_files(tmp_path, base, *replacements, rows=None, test=None):
     return [plan, "--data", data, "--out", tmp_path / "out", "--federated-only"]
 
 
-def report_of(out):
+def report_of(out: Path) -> Any:
     return json.loads((out / "report.json").read_text())
 
 
@@ -177,10 +187,8 @@ def test_a_round_committed_in_the_instant_before_a_kill_is_in_the_report(
 
 
 def test_the_demos_accident_costs_one_site_one_round(fedward, files, tmp_path, monkeypatch):
-    real = simulate.load_case
-
     def with_accident(options, console):
-        case = real(options, console)
+        case = load_case(options, console)
         return freeze_case(case.plan, options.data, killed="b")
 
     monkeypatch.setattr(simulate, "load_case", with_accident)
@@ -240,13 +248,13 @@ def test_a_hospital_with_one_patient_takes_part(fedward, tmp_path, base):
 ROW = {"patient": "p", "text": CANARY, "label": "heart", "hospital": "a"}
 
 
-def rows_with(**changes):
+def rows_with(**changes: Any) -> Rows:
     """The usual rows, and one that does not fit, with a name in it that nobody may see."""
     usual = [row for name in "abc" for row in tiny.make_rows(name, 3)]
     return [*usual, {**ROW, **changes}]
 
 
-WRONG = {
+WRONG: dict[str, tuple[int, str, list[tuple[str, str]], dict[str, Rows]]] = {
     "epsilon-0": (2, r"epsilon = 0", [("epsilon = 8.0", "epsilon = 0")], {}),
     "unknown-key": (2, "did you mean 'epsilon'", [("epsilon = 8.0", "epsilom = 8.0")], {}),
     "not-toml": (2, "plan.toml", [("count = 2", "count = = 2")], {}),

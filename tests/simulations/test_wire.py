@@ -5,20 +5,24 @@ The update is large enough for tests of uniformity: 200 kB of masked words a sit
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message, RecordDict
 
 from fedward.aggregation.fixed_point import clip_update
+from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import pack
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
 from fedward.messages import open_letter
-from fedward.plan import Metrics, Tuner
+from fedward.plan import Metrics, Plan, Tuner
 from fedward.privacy.noise import SecureStream
 from fedward.server.store import Phase
-from fedward.simulations.federation import RUN
+from fedward.simulations.federation import RUN, Federation
 from fedward.tuning.tuned import tuned_model
 from tests.simulations import tiny
 
@@ -34,13 +38,13 @@ SITES = {"a": 2, "b": 3, "c": 40}
 class Wire:
     """One round, and everything that crossed between coordinator and sites in it."""
 
-    plan: object
-    federation: object
-    trainers: dict
-    messages: list
-    folder: object
+    plan: Plan
+    federation: Federation
+    trainers: dict[str, tiny.Recorder]
+    messages: list[Message]
+    folder: Path
 
-    def sent_by(self, site, kind=None):
+    def sent_by(self, site: int, kind: str | None = None) -> list[RecordDict]:
         """Contents of a site's replies, in order."""
         node = self.federation.nodes[site]
         return [
@@ -50,16 +54,16 @@ class Wire:
             and kind in (None, message.metadata.message_type)
         ]
 
-    def bytes_of(self, site):
+    def bytes_of(self, site: int) -> bytes:
         """Everything that one site sent."""
         return b"".join(map(raw, self.sent_by(site)))
 
-    def masked(self, site):
+    def masked(self, site: int) -> bytes:
         """The masked vector of a site, as bytes."""
         (content,) = self.sent_by(site, "train.masked")
         return bytes(content.array_records["parts"]["words"].data)
 
-    def words(self, site):
+    def words(self, site: int) -> Words:
         """The words that a site masked, made again from its fixed keys."""
         name = self.federation.names[site]
         update = self.trainers[name].results[-1].update
@@ -76,7 +80,7 @@ class Wire:
         return pack(clipped, self.trainers[name].results[-1].slots, parameters, stream)
 
 
-def raw(content):
+def raw(content: RecordDict) -> bytes:
     """The bytes of a message's records: names, arrays and byte strings."""
     arrays = [
         name.encode() + bytes(array.data)
@@ -93,12 +97,14 @@ def raw(content):
     return b"".join(arrays + values + metrics)
 
 
-def run_once(folder, base, sites=None, **sections):
+def run_once(
+    folder: Path, base: Path, sites: dict[str, int] | None = None, **sections: Any
+) -> Wire:
     """One round of three sites, watched."""
     plan = tiny.make_plan(base, tuner=WIDE, rounds=ROUNDS, **sections)
     counts = SITES if sites is None else sites
     records = {name: tiny.make_records(name, patients, 1) for name, patients in counts.items()}
-    trainers, messages = tiny.recorders(records), []
+    trainers, messages = tiny.recorders(records), list[Message]()
     federation = tiny.make_federation(folder, plan, trainers, watch=messages.append)
     federation.run()
     return Wire(plan, federation, trainers, messages, folder)
@@ -145,12 +151,12 @@ def test_two_sites_of_one_run_have_nothing_in_common(wire):
     assert tiny.looks_uniform((first + second).tobytes())
 
 
-def windows(data, size):
+def windows(data: bytes, size: int) -> set[bytes]:
     """Every piece of ``size`` bytes that lies in the data, at any place."""
     return {data[i : i + size] for i in range(len(data) - size + 1)}
 
 
-def planted(wire, site):
+def planted(wire: Wire, site: int) -> set[bytes]:
     """Eight bytes of many coordinates: of the update, clipped, as floats of both sizes, as words.
 
     Two neighbouring coordinates are looked for together, so that chance finds none.
@@ -240,10 +246,10 @@ def test_metrics_cross_inside_the_sum_only(tmp_path, base):
 def test_metrics_are_charged_in_the_ledger(tmp_path, base):
     metrics = Metrics(epsilon=2.0)
     spent = {}
-    for name, sections in (("with", {"metrics": metrics}), ("without", {})):
-        wire = run_once(tmp_path / name, base, **sections)
+    for name, asked in (("with", metrics), ("without", None)):
+        wire = run_once(tmp_path / name, base, metrics=asked)
         run, *_ = tiny.ledger_entries(tmp_path / name, 0)
-        assert len(run["events"]) == (2 if sections else 1)
+        assert len(run["events"]) == (2 if asked else 1)
         spent[name] = wire.federation.epsilon_spent("a")
     assert spent["without"] < spent["with"] <= wire.plan.privacy.epsilon + metrics.epsilon
 
