@@ -1,6 +1,6 @@
 """Mask one input and print the process's peak memory in MB (Linux): a child of the benchmark.
 
-    python benchmarks/mask_once.py ours|ours16|theirs DIMENSION NEIGHBOURS
+    python -m masking.mask_once ours|ours16|theirs DIMENSION NEIGHBOURS   # in benchmarks/
 
 Each way imports what a site needs for it, and neither torch nor the other way.
 """
@@ -16,7 +16,7 @@ def main(way: str, dimension: int, neighbours: int) -> None:
     update = np.full(dimension, 0.5, dtype=np.float32)
     keys = [n.to_bytes(32, "big") for n in range(neighbours + 1)]
     if way == "theirs":
-        from flower_secaggplus import mask
+        from masking.flower_secaggplus import mask
 
         mask(update, keys)
     else:
