@@ -29,6 +29,7 @@ from fedward.simulations.federation import Federation
 from fedward.simulations.grid import FIRST_NODE
 from fedward.simulations.notes import HOSPITALS
 from fedward.tuning.prompts import input_text
+from fedward.tuning.records import Row
 from fedward.tuning.tuned import tuned_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -249,10 +250,12 @@ def _federate(plan: Plan, case: Case, folder: Path) -> tuple[bytes, dict[str, An
 
 
 def _classical(case: Case) -> float:
-    """TF-IDF on all sites' whole texts: it is not held to the plan's ``max_length``."""
-    data = case.plan.data
-    train, test = (
-        [{"text": input_text(row, data), "label": str(row[data.label])} for row in rows]
-        for rows in (pooled(case.sites).rows, case.test.rows)
-    )
+    """TF-IDF on all sites' texts, cut to ``max_length`` words: more than the model sees."""
+    data, words = case.plan.data, case.plan.task.max_length
+
+    def cut(row: Row) -> dict[str, str]:
+        text = " ".join(input_text(row, data).split()[:words])
+        return {"text": text, "label": str(row[data.label])}
+
+    train, test = (list(map(cut, rows)) for rows in (pooled(case.sites).rows, case.test.rows))
     return baseline.accuracy(train, test)
