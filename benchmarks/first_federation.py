@@ -91,7 +91,8 @@ def report(results: Grid, options: argparse.Namespace) -> None:
     held = {
         name: holds for c in comparisons if c.task == "demo" for name, holds in checks(c).items()
     }
-    print("accuracy, or loss for sft: median over seeds (least-most); 95 % paired intervals")
+    print("accuracy (loss for sft), mean over seeds; in tables the median (least-most), and")
+    print("95 % paired intervals over the test examples, of these trainings and no others")
     for c in comparisons:
         means = {way: round(float(np.mean(each)), 3) for way, each in c.means.items()}
         print(f"{c.task} {'DP' if c.private else 'no privacy'}: {means}")
