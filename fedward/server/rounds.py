@@ -347,6 +347,6 @@ def _collect(grid: Grid, messages: list[Message], seconds: float) -> list[Messag
     return found
 
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.1
 
 _SILENT = "no answer"

@@ -5,6 +5,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fedward import typed_toml
@@ -32,6 +33,7 @@ def prepare_demo(seed: int, console: Console) -> tuple[Plan, Path, str]:
     Returns:
         The plan, the folder with the notes, and the hospital that the demo kills.
     """
+    torch.set_num_threads(1)  # layers of width 64: threads would wait for each other
     cache = _cache_folder()
     plan = dataclasses.replace(demo_plan(), seed=seed)
     data = cache / f"notes-{seed}"

@@ -35,10 +35,11 @@ def layout_from_bytes(data: bytes) -> Layout:
     try:
         entries = json.loads(data)
         layout = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in entries)
-    except (ValueError, TypeError) as error:
+        canonical = layout_to_bytes(layout) == data
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ModelError("a layout is malformed") from error
     names = [name for name, _ in layout]
-    if names != sorted(set(names)) or layout_to_bytes(layout) != data:
+    if names != sorted(set(names)) or not canonical:
         raise ModelError("a layout must be canonical, sorted by name, each name once")
     return layout
 

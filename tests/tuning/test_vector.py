@@ -60,3 +60,12 @@ def test_a_layout_has_one_spelling():
     for wrong in (data + b" ", b"", b"3", b"[1]", b'[["b",[]],["a",[]]]', b'[["a",[]],["a",[]]]'):
         with pytest.raises(ModelError):
             layout_from_bytes(wrong)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff", b"[" * 100_000, b'[["a",[Infinity]]]', rb'[["\ud800",[1]]]', b"{}", b"[1]"],
+)
+def test_a_malformed_layout_is_a_model_error(data):
+    with pytest.raises(ModelError):
+        layout_from_bytes(data)
