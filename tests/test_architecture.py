@@ -1,6 +1,7 @@
 """The house of DESIGN §2: which rooms there are, who may import whom, and how long a module is."""
 
 import ast
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fedward"
@@ -16,11 +17,11 @@ LEAVES = {"attempt", "canonical", "errors", "identity", "messages", "plan", "typ
 """Root modules that import no room. cli.py and __main__.py put the rooms together."""
 
 
-def modules():
+def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def imported(path):
+def imported(path: Path) -> Iterator[str]:
     """Every ``fedward`` module that a file imports, as dotted names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -32,7 +33,7 @@ def imported(path):
                 yield str(node.module)
 
 
-def offences(path, names):
+def offences(path: Path, names: Iterable[str]) -> list[str]:
     """The imports of a file that its place in the house does not allow."""
     place = path.relative_to(PACKAGE).parts
     allowed = LEAVES | {"__version__"}

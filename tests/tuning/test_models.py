@@ -231,7 +231,7 @@ def test_evaluation_leaves_training_over_nf4_as_it_was(models):
     model = attach(load_base(plan.model, plan.task)[0], plan)
     ids = torch.tensor([[5, 6, 7, 8]])
 
-    def gradients():
+    def gradients() -> list[torch.Tensor]:
         model.zero_grad()
         model.train()(input_ids=ids, labels=ids).loss.backward()
         return [p.grad.clone() for p in trainable(model).values() if p.grad is not None]
