@@ -10,9 +10,12 @@ from typing import Annotated
 import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fedward import __version__
 from fedward.errors import ConfigurationError, FedwardError
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,13 +110,15 @@ def simulate(
 def main() -> None:
     """Run the command line; every expected error becomes one message and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels that nobody needs
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer's own answer to Ctrl-C
+            _fail("interrupted; the same command with --resume goes on from here", _INTERRUPTED)
+        sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except click.Abort:
-        _fail("interrupted; the same command with --resume goes on from here", 130)
     except ConfigurationError as error:
         _fail(str(error), 2)
     except FedwardError as error:
@@ -121,5 +126,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    line = f"[red]error:[/red] {escape(message)}"
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -39,7 +39,8 @@ class Model:
     """``[model]``: the frozen base model.
 
     Args:
-        path: A folder, or a hub id where sites allow downloads.
+        path: A folder, a hub id where sites allow downloads, or ``package:NAME`` for the weights in
+            an installed Python package.
         sha256: Hex digest over weights, configuration and tokenizer; sites refuse another model.
             A run fills it in when it starts.
         quantize: How the frozen base is held: ``none``, ``nf4`` or ``int8`` (bitsandbytes).

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from fedward.simulations.report import (
 )
 from fedward.tuning.metrics import Metrics
 from fedward.tuning.prompts import input_text
-from fedward.tuning.records import Records, select
+from fedward.tuning.records import Records, Row, select
 from fedward.tuning.tuned import tuned_model
 
 _CURVE_RECORDS = 256
@@ -185,9 +185,13 @@ class _Work:
                 name = federation.names[site] if site >= 0 else ""
                 if phase is Phase.LEFT_OUT and isinstance(facts, Mapping):
                     why = f"{facts['reason']} at {facts['at']}"
-                    self._console.print(f"round {attempt.round}: {name} left out: {why}")
+                    self._console.print(
+                        f"round {attempt.round}: {name} left out: {why}", markup=False
+                    )
                 elif phase is Phase.ABORTED and isinstance(facts, Mapping):
-                    self._console.print(f"round {attempt.round} tried again: {facts['reason']}")
+                    self._console.print(
+                        f"round {attempt.round} tried again: {facts['reason']}", markup=False
+                    )
                 elif phase is Phase.COMMITTED and isinstance(facts, Mapping):
                     self._committed(facts)
                     self._show.update(task, completed=attempt.round)
@@ -292,10 +296,14 @@ class _Work:
         data = self._plan.data
         if self._plan.task.objective != "classify":
             return None
-        train, test = (
-            [{"text": input_text(row, data), "label": str(row[data.label])} for row in rows]
-            for rows in (records.rows, self._case.test.rows)
-        )
+        most = self._plan.task.max_length  # no more words than the model sees tokens
+
+        def cut(rows: Sequence[Row]) -> list[dict[str, str]]:
+            texts = [" ".join(input_text(row, data).split()[:most]) for row in rows]
+            labels = [str(row[data.label]) for row in rows]
+            return [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)]
+
+        train, test = cut(records.rows), cut(self._case.test.rows)
         try:
             return baseline.accuracy(train, test)
         except ConfigurationError as error:
