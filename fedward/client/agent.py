@@ -312,7 +312,7 @@ class Agent:
         update = clip_update(work.result.update, work.plan.aggregation.update_clip)
         attempt = work.attempt  # its number does not count: the same update is rounded alike
         position = f"{attempt.round}/{attempt.session}/{work.draw}"
-        stream = self._secret.child("rounding", attempt.run, position)
+        stream = self._secret.child("rounding", attempt.run, position, work.expected.task_hash)
         return pack(update, work.result.slots, work.expected, stream)
 
     def _evaluate(self, letter: Letter) -> SiteCode:

@@ -75,7 +75,8 @@ class Wire:
             task_hash=task_hash(tuned.start, self.plan.hash(), "fedavg"),
             dimension=len(update),
         )
-        stream = SecureStream(tiny.key(name)).child("rounding", RUN, "1/1/0")
+        labels = ("rounding", RUN, "1/1/0", parameters.task_hash)
+        stream = SecureStream(tiny.key(name)).child(*labels)
         clipped = clip_update(update, self.plan.aggregation.update_clip)
         return pack(clipped, self.trainers[name].results[-1].slots, parameters, stream)
 
