@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from fedward import __version__
 from fedward.errors import ConfigurationError, FedwardError
+from fedward.privacy.cli import privacy_app
 
 _INTERRUPTED = 130
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="Hospitals fine-tune one language model together: private adapters, secure sums.",
     epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.",
 )
+app.add_typer(privacy_app, name="privacy")
 
 
 class Engine(StrEnum):

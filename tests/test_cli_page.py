@@ -29,8 +29,14 @@ def test_the_page_shows_what_the_command_prints(line):
     assert BLOCKS[line] == printed(line), f"docs/cli.md needs\n\n$ {line}\n{printed(line)}"
 
 
+def commands(line: str = "fedward") -> list[str]:
+    """A command line's help and that of every command below it."""
+    below = printed(f"{line} --help").partition("─ Commands ─")[2]
+    names = re.findall(r"^│ ([a-z][\w-]*) ", below, re.MULTILINE)
+    return [f"{line} --help", *(found for name in names for found in commands(f"{line} {name}"))]
+
+
 def test_the_page_shows_every_command():
-    commands = printed("fedward --help").partition("Commands")[2]
-    named = re.findall(r"^│ (\w+) ", commands, re.MULTILINE)
-    assert named
-    assert set(BLOCKS) == {"fedward --help", *(f"fedward {name} --help" for name in named)}
+    shown = commands()
+    assert len(shown) > 1
+    assert set(BLOCKS) == set(shown)
