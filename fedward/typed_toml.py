@@ -153,3 +153,33 @@ def _flatten_rest(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:  # noq
         else:
             flat[key] = value
     return flat
+
+
+def dump(value: object) -> str:
+    """Write a dataclass of scalars and lists of them as TOML, which :func:`parse` reads back.
+
+    None is left out.
+
+    Raises:
+        ConfigurationError: A text with a control character, which TOML cannot hold as it is.
+    """
+    lines = list[str]()
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]  # it is one
+        item = vars(value)[field.name]
+        if item is not None:
+            items = [_literal(field.name, part) for part in item] if type(item) is tuple else None
+            text = _literal(field.name, item) if items is None else f"[{', '.join(items)}]"
+            lines.append(f"{field.name} = {text}\n")
+    return "".join(lines)
+
+
+def _literal(key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        if not value.isprintable():
+            raise ConfigurationError(
+                str(InvalidValue(key, value, "text without control characters"))
+            )
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)

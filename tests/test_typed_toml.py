@@ -1,5 +1,7 @@
 """The TOML loader on its own: files that cannot be read, and values of the wrong shape."""
 
+import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from fedward.errors import ConfigurationError
-from fedward.typed_toml import REST, load, parse, parse_json
+from fedward.typed_toml import REST, dump, load, parse, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,3 +123,29 @@ def test_the_rest_survives_json():
 def test_parse_names_the_section_it_is_given():
     with pytest.raises(ConfigurationError, match=r"^\[here\] missing key 'width'$"):
         parse(Inner, {}, "here")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat:
+    text: str
+    number: float
+    whole: int = 1
+    yes: bool = True
+    several: tuple[str, ...] = ()
+    nothing: str | None = None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Flat(text='quotes " and \\ and ü and 🏥', number=math.inf),
+        Flat(text="", number=1e-6, whole=-3, yes=False, several=("a", "b c"), nothing="x"),
+    ],
+)
+def test_what_is_dumped_reads_back_equal(value):
+    assert parse(Flat, tomllib.loads(dump(value))) == value
+
+
+def test_a_control_character_is_not_dumped():
+    with pytest.raises(ConfigurationError, match="control"):
+        dump(Flat(text="a\nb", number=1.0))

@@ -1,0 +1,48 @@
+"""Files and folders that only their owner can read, written whole or not at all."""
+
+import os
+from pathlib import Path
+
+from fedward.errors import ConfigurationError
+
+
+def make_private_folder(path: Path) -> None:
+    """Make a folder with mode 0700, its parents as the umask says; one that is there stays."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file with mode 0600 in place of any before it; durable on return.
+
+    A crash at any instant leaves the old content or the new.
+    """
+    scratch = path.with_name(path.name + ".part")
+    scratch.unlink(missing_ok=True)
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_private(path: Path) -> None:
+    """Refuse a folder or file that others on this machine can open.
+
+    Raises:
+        ConfigurationError: It is missing, or its mode gives group or others any right.
+    """
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
+    if mode & 0o077:
+        raise ConfigurationError(
+            f"{path}: has mode {mode:04o}, so that others on this machine can open it; "
+            f"chmod {mode & 0o700:04o} it"
+        )
