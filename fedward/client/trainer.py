@@ -4,11 +4,13 @@ The agent asks for an update and gets one flat vector; nothing else about the da
 trainer opens no connection, so that it can later live in a process without a network (DESIGN §3).
 """
 
+import dataclasses
 import logging
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,10 +29,10 @@ from fedward.privacy.noise import SecureStream
 from fedward.privacy.optimizer import Mechanism
 from fedward.privacy.training import train_steps
 from fedward.tuning.adapter import flatten, from_bytes, load_adapter
-from fedward.tuning.metrics import Metrics, evaluate
+from fedward.tuning.metrics import evaluate
 from fedward.tuning.objectives import Encoded, collate, encode, loss_per_example
 from fedward.tuning.records import Records, merge, select
-from fedward.tuning.tuned import tuned_model
+from fedward.tuning.tuned import Tuned, tuned_model
 from fedward.tuning.tuners import trainable
 from fedward.tuning.vector import Layout
 
@@ -72,6 +74,21 @@ class TrainResult:
     slots: npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the agent may know of an evaluation: means alone, no record's own loss.
+
+    Args:
+        loss: Mean loss.
+        accuracy: Share of right classes; None for ``sft``.
+        macro_f1: Mean F1 over the classes that occur; None for ``sft``.
+    """
+
+    loss: float
+    accuracy: float | None = None
+    macro_f1: float | None = None
+
+
 class Trainer(Protocol):
     """What an agent needs from the process that holds the data.
 
@@ -96,7 +113,7 @@ class Trainer(Protocol):
         """
         ...
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Metrics:
+    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
         """Evaluate an adapter on the site's own held-out records; stays at the site.
 
         Raises:
@@ -115,6 +132,8 @@ class LocalTrainer:
             it; left out, it is drawn from the operating system.
         device: A torch device, for example ``cpu`` or ``cuda``.
         physical_batch: Most examples in memory at once; does not change the result.
+        model: The base model's folder, in place of the plan's path.
+        on_step: Called after each step with its number from 1; what it raises ends the training.
 
     Raises:
         DataError: No records: a site needs at least one patient.
@@ -128,17 +147,20 @@ class LocalTrainer:
         key: bytes | None = None,
         device: str = "cpu",
         physical_batch: int = 64,
+        model: Path | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         if not records.units:
             raise DataError("this site has no training records: expected at least one patient")
         self._records, self._held_out = records, held_out
         self._secret, self._fixed = SecureStream(key), key is not None
         self._device, self._physical_batch = device, physical_batch
+        self._model, self._on_step = model, on_step
         self._encoded: dict[tuple[bytes, bool], tuple[Units, Encoded]] = {}
 
     def prepare(self, request: TrainRequest) -> None:
         """See :meth:`Trainer.prepare`."""
-        tuned = tuned_model(request.plan, self._device)
+        tuned = self._tuned(request.plan)
         if tuned.layout != request.layout:
             raise ModelError("the task's trainable tensors are not those of this site's model")
         state = from_bytes(request.adapter)
@@ -159,7 +181,7 @@ class LocalTrainer:
         """
         plan = request.plan
         self.prepare(request)
-        model = tuned_model(plan, self._device).model
+        model = self._tuned(plan).model
         start = flatten(model)
         stream = self._stream(request)
         units, encoded = self._encode(plan, self._records, held_out=False)
@@ -172,19 +194,29 @@ class LocalTrainer:
             steps=plan.rounds.steps,
             stream=stream,
             physical_batch=self._physical_batch,
+            on_step=self._on_step,
         )
         update = flatten(model) - start
         if not np.isfinite(update).all():
             raise ModelError("training gave numbers that are not finite: lower learning_rate")
         return TrainResult(update=update, slots=self._slots(plan, model, stream))
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Metrics:
+    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
         """See :meth:`Trainer.evaluate`."""
         if self._held_out is None:
             raise DataError("this site keeps no held-out records to evaluate on")
-        model = tuned_model(plan, self._device).model
+        model = self._tuned(plan).model
         load_adapter(model, from_bytes(adapter))
-        return evaluate(model, self._encode(plan, self._held_out, held_out=True)[1])
+        found = evaluate(model, self._encode(plan, self._held_out, held_out=True)[1])
+        return Scores(loss=found.loss, accuracy=found.accuracy, macro_f1=found.macro_f1)
+
+    def _tuned(self, plan: Plan) -> Tuned:
+        """The plan's model, from where this site keeps it."""
+        if self._model is not None:
+            plan = dataclasses.replace(
+                plan, model=dataclasses.replace(plan.model, path=str(self._model))
+            )
+        return tuned_model(plan, self._device)
 
     def _slots(self, plan: Plan, model: nn.Module, stream: SecureStream) -> npt.NDArray[np.float64]:
         """Noised metrics of the trained model on the held-out records, where the plan asks."""
@@ -211,7 +243,7 @@ class LocalTrainer:
         """
         key = (plan.hash(), held_out)
         if key not in self._encoded:
-            tokenizer = tuned_model(plan, self._device).tokenizer
+            tokenizer = self._tuned(plan).tokenizer
             try:
                 self._encoded[key] = (records.units, encode(records, tokenizer, plan))
             except (DataError, ConfigurationError) as error:

@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedward.client.trainer import LocalTrainer, Trainer, TrainRequest, TrainResult
+from fedward.client.trainer import LocalTrainer, Scores, Trainer, TrainRequest, TrainResult
 from fedward.errors import ConfigurationError, FedwardError, InvalidValue, ModelError
 from fedward.plan import Plan
-from fedward.tuning.metrics import Metrics
 from fedward.tuning.records import Records
 
 _THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -119,7 +118,7 @@ class _Worker:
         except FedwardError as error:
             return _Failure(kind=type(error), text=str(error))
 
-    def evaluate(self, site: str, plan: Plan, adapter: bytes) -> Metrics | _Failure:
+    def evaluate(self, site: str, plan: Plan, adapter: bytes) -> Scores | _Failure:
         try:
             return self._trainers[site].evaluate(plan, adapter)
         except FedwardError as error:
@@ -138,8 +137,8 @@ class _RayTrainer:
     def train(self, request: TrainRequest) -> TrainResult:
         return self._wait(self._actor.train.remote(self._site, request), TrainResult)
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Metrics:
-        return self._wait(self._actor.evaluate.remote(self._site, plan, adapter), Metrics)
+    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
+        return self._wait(self._actor.evaluate.remote(self._site, plan, adapter), Scores)
 
     def _wait(self, reference: object, kind: type[_Result]) -> _Result:
         """The actor's result, or its error in the driver."""

@@ -18,13 +18,12 @@ from fedward.canonical import canonical_json
 from fedward.client.agent import Agent
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import Policy
-from fedward.client.trainer import Trainer, TrainRequest, TrainResult
+from fedward.client.trainer import Scores, Trainer, TrainRequest, TrainResult
 from fedward.errors import DataError, ModelError, SiteCode
 from fedward.identity import Identity, Member, Roster
 from fedward.messages import Letter, open_letter, seal_letter
 from fedward.plan import Cohort, Model, Plan, Privacy, Rounds
 from fedward.privacy.ledger import Ledger
-from fedward.tuning.metrics import Metrics
 from fedward.tuning.vector import (
     Layout,
     dimension,
@@ -70,7 +69,7 @@ class Scripted:
         update = generator.normal(0, 0.1, dimension(request.layout)).astype(np.float32)
         return TrainResult(update=update, slots=np.zeros(0))
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Metrics:
+    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
         raise self.error or DataError("no held-out records")
 
 

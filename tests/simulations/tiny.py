@@ -14,12 +14,11 @@ from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.masks import Words
 from fedward.attempt import Attempt
 from fedward.canonical import Json
-from fedward.client.trainer import LocalTrainer, Trainer, TrainRequest, TrainResult
+from fedward.client.trainer import LocalTrainer, Scores, Trainer, TrainRequest, TrainResult
 from fedward.plan import Cohort, Data, Model, Plan, Privacy, Rounds, Task, Tuner
 from fedward.server.rounds import Observer
 from fedward.server.store import Event, Phase, RunStore
 from fedward.simulations.federation import RUN, Federation
-from fedward.tuning.metrics import Metrics
 from fedward.tuning.models import fingerprint
 from fedward.tuning.records import Records, group
 from fedward.tuning.small import build_llama, build_tokenizer
@@ -128,7 +127,7 @@ class Recorder:
         self.results.append(result)
         return result
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Metrics:
+    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
         return self.trainer.evaluate(plan, adapter)
 
 
