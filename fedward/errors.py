@@ -12,6 +12,7 @@
     ├── PrivacyError              the privacy guarantee could not be kept
     │   ├── BudgetExceeded        the ledger refuses further spending
     │   ├── LedgerError           the ledger's chain is broken or cannot be written
+    │   │   └── LedgerRolledBack  lines are missing that were once acknowledged
     │   └── UncoveredParameters   trainable parameters whose gradients nobody clips
     ├── PolicyRefusal             the site's policy says no, with every reason
     └── RoundError                a round or a run cannot go on
@@ -72,7 +73,11 @@ class BudgetExceeded(PrivacyError):
 
 
 class LedgerError(PrivacyError):
-    """The ledger's chain is broken, rolled back or cannot be written."""
+    """The ledger's chain is broken or cannot be written."""
+
+
+class LedgerRolledBack(LedgerError):
+    """The ledger is older than what somebody outside has seen of it, or it is another one."""
 
 
 class UncoveredParameters(PrivacyError):
@@ -109,6 +114,7 @@ class SiteCode(StrEnum):
     REFUSED_PLAN = "refused-plan"
     REFUSED_POLICY = "refused-policy"
     REFUSED_BUDGET = "refused-budget"
+    REFUSED_LEDGER = "refused-ledger"
     REFUSED_MODEL = "refused-model"
     DATA_UNUSABLE = "data-unusable"
     TRAINING_FAILED = "training-failed"

@@ -37,7 +37,7 @@ def test_a_refusal_says_every_reason():
     assert str(error).splitlines()[1:] == ["  too long", "  too dear"]
 
 
-def test_a_site_says_one_of_twelve_codes():
+def test_a_site_says_one_of_thirteen_codes():
     # What leaves a site is part of the protocol and of the guarantee: a new code needs thought.
     assert [str(code) for code in SiteCode] == [
         "ready",
@@ -47,6 +47,7 @@ def test_a_site_says_one_of_twelve_codes():
         "refused-plan",
         "refused-policy",
         "refused-budget",
+        "refused-ledger",
         "refused-model",
         "data-unusable",
         "training-failed",

@@ -6,9 +6,11 @@ Ed25519 signature of ``h``. The salt is secret, so that a head, which leaves the
 about entries that somebody could guess.
 
 Cutting whole lines off the end leaves a valid chain: whoever must notice a restored disk keeps a
-head outside and asks :meth:`Chain.check_anchor`.
+head outside and asks :meth:`Chain.check_anchor`. A full disk refuses a line and loses none: what
+was written of it is cut off again, and the chain goes on when there is space.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -20,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedward.canonical import Json, canonical_json
-from fedward.errors import IdentityError, LedgerError
+from fedward.errors import IdentityError, LedgerError, LedgerRolledBack
 from fedward.identity import Identity, verify
 
 _ZEROS = "0" * 64
@@ -46,13 +48,14 @@ class Chain:
 
     Guarantees:
         An entry whose :meth:`append` returned survives kill -9 and power loss at any later instant.
-        An entry whose append failed is there whole or not at all.
+        An entry whose append failed is there whole or not at all; after a full disk not at all.
     """
 
     def __init__(self, path: Path, identity: Identity, *, purpose: str) -> None:
         self._path, self._identity, self._purpose = path, identity, purpose
         self.entries: list[dict[str, Any]] = []
         self._hashes: list[str] = []
+        self._size = 0
         self._broken = False
         try:
             self._descriptor = self._open_file()
@@ -77,8 +80,9 @@ class Chain:
         """Add an entry; on return it is on the disk.
 
         Raises:
-            LedgerError: It could not be written. The chain then refuses everything until it is
-                opened again, because only reading tells what reached the disk.
+            LedgerError: It could not be written. After a full disk the chain is as it was before
+                and can be asked again. If the disk fails (``fsync``), the chain refuses everything
+                until it is opened again, because only reading tells what reached the disk.
         """
         if self._broken:
             raise LedgerError(f"{self._path}: a write failed or it was closed; open it again")
@@ -92,34 +96,38 @@ class Chain:
         own = hashlib.sha256(canonical_json(record)).digest()
         signature = self._identity.sign(self._purpose, own).hex()
         line = canonical_json(record | {"h": own.hex(), "sig": signature}) + b"\n"
-        self._broken = True  # until it is known that all of it is there
-        try:
-            rest = memoryview(line)
-            while rest:  # a write may be short without an error
-                rest = rest[os.write(self._descriptor, rest) :]
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise LedgerError(
-                f"{self._path}: cannot be written: {error.strerror}; mend it and open it again"
-            ) from error
+        self._broken = True  # until it is known that all of it is there, or none
+        self._write(line)
         self._broken = False
         self.entries.append(json.loads(line)["entry"])
         self._hashes.append(own.hex())
+        self._size += len(line)
 
     def check_anchor(self, seq: int, head: str) -> None:
         """Check that a head kept elsewhere still is part of this chain.
 
         Raises:
-            LedgerError: The file is older than the anchor (a restored disk), or another one.
+            LedgerRolledBack: The file is older than the anchor (a restored disk), or another one.
+        """
+        if self.line(seq) != head:
+            raise LedgerRolledBack(
+                f"{self._path}: line {seq} is not the line that was acknowledged: the disk was "
+                "rolled back and written on, or this is another file; restore the newest copy"
+            )
+
+    def line(self, seq: int) -> str:
+        """The hash of a line by its number from 1 (64 zeros for number 0).
+
+        Raises:
+            LedgerRolledBack: The chain has fewer lines.
         """
         here, _ = self.head
         if seq > here:
-            raise LedgerError(
+            raise LedgerRolledBack(
                 f"{self._path}: line {here + 1} is missing: {seq} lines were once acknowledged and "
                 f"{here} are there. The disk was rolled back; restore the newest copy"
             )
-        if (self._hashes[seq - 1] if seq > 0 else _ZEROS) != head:
-            raise LedgerError(f"{self._path}: line {seq} is not the line that was acknowledged")
+        return self._hashes[seq - 1] if seq > 0 else _ZEROS
 
     def close(self) -> None:
         """Let the file go; a second call does nothing."""
@@ -155,35 +163,83 @@ class Chain:
             raise LedgerError(f"{self._path}: another process holds it") from error
         return descriptor
 
+    def _write(self, line: bytes) -> None:
+        """Write all of a line and wait for the disk, or raise; a full disk leaves nothing of it."""
+        try:
+            rest = memoryview(line)
+            while rest:  # a write may be short without an error
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):  # else it stays broken
+                os.ftruncate(self._descriptor, self._size)
+                os.fsync(self._descriptor)
+                self._broken = False
+            raise self._unwritable(error) from error
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> LedgerError:
+        back = "mend it and open it again" if self._broken else "make room, and it goes on"
+        return LedgerError(f"{self._path}: cannot be written: {error.strerror}; {back}")
+
     def _read(self) -> None:
         data = self._path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
-            self._check_line(line, number)
-        if whole < len(data):
-            os.ftruncate(self._descriptor, whole)
+        lines = read_lines(data, self._identity.public_key, purpose=self._purpose, path=self._path)
+        self.entries = [entry for entry, _ in lines]
+        self._hashes = [own for _, own in lines]
+        self._size = data.rfind(b"\n") + 1
+        if self._size < len(data):
+            os.ftruncate(self._descriptor, self._size)
             os.fsync(self._descriptor)
 
-    def _check_line(self, line: bytes, number: int) -> None:
-        where = f"{self._path}: line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise LedgerError(f"{where} is not JSON") from error
-        if not isinstance(record, dict) or set(record) != _FIELDS or canonical_json(record) != line:
-            raise LedgerError(f"{where} is not in the form it was written in")
-        bare = {key: record[key] for key in _FIELDS - {"h", "sig"}}
-        own = hashlib.sha256(canonical_json(bare)).digest()
-        if record["h"] != own.hex():
-            raise LedgerError(f"{where} was changed: its hash is another")
-        seq, prev = self.head
-        if (record["seq"], record["prev"]) != (seq, prev):
+
+def read_lines(
+    data: bytes, public_key: bytes, *, purpose: str, path: Path
+) -> list[tuple[dict[str, Any], str]]:
+    """Check the lines of a chain that somebody else may hold; only the signer's public key counts.
+
+    Args:
+        data: The file's bytes; a last line without its newline was never acknowledged and is
+            passed over.
+        public_key: The signer's Ed25519 key, 32 bytes.
+        purpose: See :class:`Chain`.
+        path: Named in errors.
+
+    Returns:
+        Entry and hash of every line, in order.
+
+    Raises:
+        LedgerError: A line (named by its number) is not what was once written.
+    """
+    found = list[tuple[dict[str, Any], str]]()
+    head = _ZEROS
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        record = _check_line(line, f"{path}: line {number}")
+        if (record["seq"], record["prev"]) != (number - 1, head):
             raise LedgerError(
-                f"{where} does not follow the line before: lines are missing or moved"
+                f"{path}: line {number} does not follow the line before: lines are missing, moved "
+                "or there twice"
             )
+        head = record["h"]
         try:
-            verify(self._identity.public_key, self._purpose, bytes.fromhex(record["sig"]), own)
+            verify(public_key, purpose, bytes.fromhex(record["sig"]), bytes.fromhex(head))
         except (IdentityError, ValueError) as error:
-            raise LedgerError(f"{where} was not signed by this site's key") from error
-        self.entries.append(record["entry"])
-        self._hashes.append(record["h"])
+            raise LedgerError(f"{path}: line {number} was not signed by this site's key") from error
+        found.append((record["entry"], head))
+    return found
+
+
+def _check_line(line: bytes, where: str) -> dict[str, Any]:
+    """Check that a line is in its form and that its hash is its own."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise LedgerError(f"{where} is not JSON") from error
+    if not isinstance(record, dict) or set(record) != _FIELDS or canonical_json(record) != line:
+        raise LedgerError(f"{where} is not in the form it was written in")
+    bare = {key: record[key] for key in _FIELDS - {"h", "sig"}}
+    if record["h"] != hashlib.sha256(canonical_json(bare)).hexdigest():
+        raise LedgerError(f"{where} was changed: its hash is another")
+    return record
