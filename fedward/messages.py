@@ -1,7 +1,11 @@
 """The signed letters between coordinator and sites, carried as the content of Flower messages.
 
 Flower's node authentication signs no content, so every letter carries its sender's own Ed25519
-signature over action, attempt, site, code and the SHA-256 of each part.
+signature over action, attempt, site, code, ledger lines, receipt and the SHA-256 of each part.
+
+A site's answer names the newest line of its ledger; the coordinator's next letter brings a receipt
+for it. The receipt signs the line's hash without telling it: a site whose disk was rolled back can
+neither check the receipt nor answer with the hash that belongs to it.
 """
 
 import hashlib
@@ -29,7 +33,59 @@ MESSAGE_TYPES = {
 
 Sender = Literal["coordinator", "site"]
 
+Line = tuple[int, str]
+"""A line of a site's ledger: its number from 1 (0: before the first) and its hash in hex."""
+
+_LINES = 1 << 63
 _HEADER_LIMIT = 1 << 16
+_RECEIPT = "fedward/1/receipt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """The coordinator's signature that it has seen a line of a site's ledger.
+
+    Args:
+        seq: The line's number, 1 or more.
+        signature: Over the site's public key, the number and the line's hash, in hex.
+    """
+
+    seq: int
+    signature: str
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        if type(self.seq) is not int or not 1 <= self.seq < _LINES:
+            raise InvalidValue("seq", self.seq, "1 to 2^63 - 1")
+        if type(self.signature) is not str:
+            raise InvalidValue("signature", self.signature, "hex digits")
+
+    def check(self, coordinator: bytes, site: bytes, head: str) -> None:
+        """Check that this is the coordinator's receipt for a line of one's own.
+
+        Args:
+            coordinator: The coordinator's public key.
+            site: The site's public key.
+            head: The hash of the site's line ``seq``.
+
+        Raises:
+            IdentityError: It is for another line, another site or not the coordinator's.
+        """
+        try:
+            signature = bytes.fromhex(self.signature)
+        except ValueError as error:
+            raise IdentityError("a receipt's signature is not hex") from error
+        verify(coordinator, _RECEIPT, signature, site, *_line_fields((self.seq, head)))
+
+
+def countersign(identity: Identity, site: bytes, line: Line) -> Receipt:
+    """The coordinator's receipt for a line of the ledger of the site with this public key."""
+    signature = identity.sign(_RECEIPT, site, *_line_fields(line))
+    return Receipt(seq=line[0], signature=signature.hex())
+
+
+def _line_fields(line: Line) -> tuple[bytes, bytes]:
+    return line[0].to_bytes(8, "big"), line[1].encode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +98,9 @@ class Letter:
         site: The roster id of the site it goes to or comes from.
         code: A site's answer; None in the coordinator's letters.
         parts: Named payloads.
+        lines: In a site's answer: the newest line of its ledger, and the one that the coordinator's
+            receipt is for; ascending, none of number 0.
+        receipt: In the coordinator's letters: for the newest line of this site that it has seen.
     """
 
     action: str
@@ -49,6 +108,8 @@ class Letter:
     site: int
     code: SiteCode | None = None
     parts: Mapping[str, bytes] = field(default_factory=dict)
+    lines: tuple[Line, ...] = ()
+    receipt: Receipt | None = None
 
     def __post_init__(self) -> None:
         """Check what a signed header may hold."""
@@ -56,6 +117,10 @@ class Letter:
             raise InvalidValue("action", self.action, f"one of {', '.join(MESSAGE_TYPES)}")
         if type(self.site) is not int:
             raise InvalidValue("site", self.site, "a whole number")
+        numbers = [seq for seq, _ in self.lines]
+        plain = all(type(seq) is int and type(head) is str for seq, head in self.lines)
+        if not plain or numbers != sorted({seq for seq in numbers if 0 < seq < _LINES}):
+            raise InvalidValue("lines", self.lines, "ascending numbers from 1 with their hashes")
 
     def part(self, name: str) -> bytes:
         """A part by name.
@@ -76,6 +141,8 @@ class Letter:
                 "order": self.attempt.order,
                 "site": self.site,
                 "code": self.code,
+                "lines": self.lines,
+                "receipt": None if self.receipt is None else vars(self.receipt),
                 "parts": {k: hashlib.sha256(v).hexdigest() for k, v in self.parts.items()},
             }
         )
@@ -105,6 +172,7 @@ def open_letter(records: RecordDict, public_key: bytes, sender: Sender) -> Lette
     try:
         fields = json.loads(header)
         round_number, session, attempt = fields["order"]
+        receipt = fields["receipt"]
         letter = Letter(
             action=fields["action"],
             attempt=Attempt(
@@ -113,6 +181,8 @@ def open_letter(records: RecordDict, public_key: bytes, sender: Sender) -> Lette
             site=fields["site"],
             code=None if fields["code"] is None else SiteCode(fields["code"]),
             parts=parts,
+            lines=tuple((seq, head) for seq, head in fields["lines"]),
+            receipt=None if receipt is None else Receipt(**receipt),
         )
         same = letter.header() == header
     except (ValueError, KeyError, TypeError, RecursionError, ConfigurationError) as error:

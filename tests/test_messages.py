@@ -1,12 +1,16 @@
 """Letters: nothing in them can be changed, moved or replayed as something else."""
 
+import dataclasses
+import json
+
 import pytest
 from flwr.app import Array, ConfigRecord, RecordDict
 
 from fedward.attempt import Attempt
+from fedward.canonical import Json, canonical_json
 from fedward.errors import IdentityError, SiteCode
 from fedward.identity import Identity
-from fedward.messages import Letter, open_letter, seal_letter
+from fedward.messages import Letter, countersign, open_letter, seal_letter
 
 SENDER = Identity(bytes(32))
 LETTER = Letter(
@@ -15,6 +19,8 @@ LETTER = Letter(
     site=4,
     code=SiteCode.DONE,
     parts={"message": b"abc", "empty": b""},
+    lines=((3, "ab" * 32), (7, "cd" * 32)),
+    receipt=countersign(SENDER, b"site", (3, "ab" * 32)),
 )
 
 
@@ -92,11 +98,43 @@ def test_every_change_is_noticed(change):
         open_letter(records, SENDER.public_key, "site")
 
 
-@pytest.mark.parametrize("header", [b"", b"[]", b"{}", b"null", b'{"order":[1]}', b"\xff"])
+def with_field(name: str, value: Json) -> bytes:
+    return canonical_json({**json.loads(LETTER.header()), name: value})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(b"", b"[]", b"{}", b"null", b'{"order":[1]}', b"\xff"),
+        *(with_field("lines", value) for value in (None, [[]], [1], [[0, "a"]], [["1", "a"]])),
+        *(
+            with_field("lines", value)
+            for value in ([[1, 2]], [[2, "a"], [1, "b"]], [[1 << 63, "a"]])
+        ),
+        *(with_field("receipt", value) for value in (1, {}, {"seq": 1}, {"seq": 0})),
+        with_field("receipt", {"seq": 0, "signature": ""}),
+        with_field("receipt", {"seq": 1, "signature": 2}),
+        with_field("receipt", {"seq": 1, "signature": "", "more": 1}),
+    ],
+)
 def test_a_signed_but_malformed_header_is_refused(header):
     config = ConfigRecord({"header": header, "signature": SENDER.sign("fedward/1/site", header)})
     with pytest.raises(IdentityError):
         open_letter(RecordDict({"letter": config}), SENDER.public_key, "site")
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "site", "head"),
+    [(b"\1" * 32, b"site", "ab"), (b"\0" * 32, b"other", "ab"), (b"\0" * 32, b"site", "cd")],
+)
+def test_a_receipt_is_for_one_line_of_one_site(coordinator, site, head):
+    receipt = countersign(SENDER, b"site", (3, "ab"))
+    receipt.check(SENDER.public_key, b"site", "ab")
+    for wrong in (receipt, dataclasses.replace(receipt, seq=4)):
+        with pytest.raises(IdentityError):
+            wrong.check(Identity(coordinator).public_key, site, head)
+    with pytest.raises(IdentityError, match="not hex"):
+        dataclasses.replace(receipt, signature="x").check(SENDER.public_key, b"site", "ab")
 
 
 def test_a_missing_part_is_named():

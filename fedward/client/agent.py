@@ -36,13 +36,14 @@ from fedward.errors import (
     FedwardError,
     IdentityError,
     LedgerError,
+    LedgerRolledBack,
     ModelError,
     PolicyRefusal,
     ProtocolError,
     SiteCode,
 )
 from fedward.identity import Identity, Roster
-from fedward.messages import Letter, open_letter, seal_letter
+from fedward.messages import Letter, Line, Receipt, open_letter, seal_letter
 from fedward.plan import Plan, from_json
 from fedward.privacy.ledger import Ledger
 from fedward.privacy.noise import SecureStream
@@ -54,6 +55,7 @@ _CODES: dict[type[Exception], SiteCode] = {
     ConfigurationError: SiteCode.REFUSED_PLAN,
     PolicyRefusal: SiteCode.REFUSED_POLICY,
     BudgetExceeded: SiteCode.REFUSED_BUDGET,
+    LedgerRolledBack: SiteCode.REFUSED_LEDGER,
     LedgerError: SiteCode.REFUSED_BUDGET,
     DataError: SiteCode.DATA_UNUSABLE,
     ModelError: SiteCode.TRAINING_FAILED,
@@ -153,7 +155,12 @@ class Agent:
             return known[1]
         code, parts = self._act(letter)
         reply = Letter(
-            action=letter.action, attempt=letter.attempt, site=self._site, code=code, parts=parts
+            action=letter.action,
+            attempt=letter.attempt,
+            site=self._site,
+            code=code,
+            parts=parts,
+            lines=self._lines(letter.receipt),
         )
         sealed = seal_letter(reply, self._identity, "site")
         if code in {SiteCode.READY, SiteCode.DONE}:
@@ -163,6 +170,7 @@ class Agent:
     def _act(self, letter: Letter) -> tuple[SiteCode, Mapping[str, bytes]]:
         """Do what a letter asks; an error becomes a code, its text stays in the site's log."""
         try:
+            self._check_receipt(letter)
             if letter.action == "task":
                 return self._task(letter), {}
             if letter.action == "evaluate":
@@ -176,6 +184,29 @@ class Agent:
             # Half of all library messages quote the record that they choke on.
             _LOG.warning("round %d: %s", letter.attempt.round, type(error).__name__)
             return SiteCode.TRAINING_FAILED, {}
+
+    def _check_receipt(self, letter: Letter) -> None:
+        """Refuse to go on with a ledger that is behind what the coordinator has seen of it."""
+        receipt = letter.receipt
+        if receipt is None:
+            return
+        head = self._ledger.line(receipt.seq)
+        try:
+            receipt.check(self._roster.coordinator, self._identity.public_key, head)
+        except IdentityError as error:
+            raise LedgerRolledBack(
+                f"line {receipt.seq} of the ledger is not the one that the coordinator has seen: "
+                "the disk was rolled back and written on; restore the newest copy"
+            ) from error
+        if letter.action in {"task", "consistency"}:  # the first letters after one was sent
+            self._memory.keep_receipt(receipt)
+
+    def _lines(self, receipt: Receipt | None) -> tuple[Line, ...]:
+        """What an answer tells of the ledger: salted hashes, and numbers that count letters."""
+        head = self._ledger.head
+        asked = receipt.seq if receipt is not None else 0
+        lines = [(asked, self._ledger.line(asked))] if 0 < asked < head[0] else []
+        return (*lines, head) if head[0] else ()
 
     def _task(self, letter: Letter) -> SiteCode:
         """Check the task, reserve its cost, train; the update waits here for its session."""

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Self
 
 from fedward.attempt import Attempt
-from fedward.errors import LedgerError
+from fedward.errors import LedgerRolledBack
 from fedward.identity import Identity
+from fedward.messages import Receipt
 from fedward.privacy.chain import Chain
 from fedward.privacy.ledger import Ledger
 
@@ -14,22 +15,24 @@ class SiteMemory:
     """The :class:`~fedward.aggregation.session_memory.SessionMemory` of a real site.
 
     That an input counts as sent is the ledger's to remember, so that privacy is spent there in the
-    same instant; the rest is a chained file of its own.
+    same instant; the rest is a chained file of its own. It keeps the coordinator's newest receipt
+    for the ledger, so that a ledger restored alone is noticed without asking anybody.
 
     Args:
         chain: The file, held by this memory alone.
         ledger: The site's open ledger.
 
     Raises:
-        LedgerError: The ledger is gone while the memory of its sessions is there.
+        LedgerRolledBack: The ledger lacks what this memory saw of it.
     """
 
     def __init__(self, chain: Chain, ledger: Ledger) -> None:
         self._chain, self._ledger = chain, ledger
         self._newest: dict[str, tuple[int, int, int]] = {}
         self._signed: dict[str, str] = {}
+        self._acknowledged = 0
         if chain.entries and ledger.head[0] == 0:
-            raise LedgerError(
+            raise LedgerRolledBack(
                 "this site remembers sessions, but its ledger is empty: restore the ledger"
             )
         for entry in chain.entries:
@@ -38,6 +41,9 @@ class SiteMemory:
                 self._newest[entry["run"]] = (first, second, third)
             elif entry["kind"] == "signed":
                 self._signed[entry["session"]] = entry["survivors"]
+            elif entry["kind"] == "receipt":
+                ledger.check_anchor(entry["seq"], entry["head"])
+                self._acknowledged = entry["seq"]
 
     @classmethod
     def open(cls, path: Path, identity: Identity, ledger: Ledger) -> Self:
@@ -76,6 +82,13 @@ class SiteMemory:
             {"kind": "signed", "session": session.hex(), "survivors": survivors.hex()}
         )
         self._signed[session.hex()] = survivors.hex()
+
+    def keep_receipt(self, receipt: Receipt) -> None:
+        """Record a receipt that was checked, if it is for a newer line than the one kept."""
+        if receipt.seq > self._acknowledged:
+            head = self._ledger.line(receipt.seq)
+            self._chain.append({"kind": "receipt", "head": head, **vars(receipt)})
+            self._acknowledged = receipt.seq
 
     def remember_released(self, session: bytes) -> None:
         """Record that the site's shares of the session count as released."""

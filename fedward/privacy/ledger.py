@@ -148,9 +148,17 @@ class Ledger:
         """Refuse a ledger that is behind a head kept elsewhere (a restored disk).
 
         Raises:
-            LedgerError: It is behind, or it is another one.
+            LedgerRolledBack: It is behind, or it is another one.
         """
         self._chain.check_anchor(seq, head)
+
+    def line(self, seq: int) -> str:
+        """The hash of an entry by its number from 1.
+
+        Raises:
+            LedgerRolledBack: There are fewer.
+        """
+        return self._chain.line(seq)
 
     def close(self) -> None:
         """Let the file go."""

@@ -27,6 +27,7 @@ from fedward.canonical import Json, canonical_json
 from fedward.errors import (
     CohortTooSmall,
     IdentityError,
+    LedgerRolledBack,
     ProtocolError,
     RoundError,
     SiteCode,
@@ -34,6 +35,7 @@ from fedward.errors import (
 from fedward.identity import Identity, Roster
 from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letter
 from fedward.plan import Plan
+from fedward.server.anchors import Anchors
 from fedward.server.store import EVERYBODY, Phase, RunStore
 from fedward.tuning.vector import (
     Layout,
@@ -103,6 +105,7 @@ class RoundEngine:
         self._roster, self._nodes, self._store = roster, dict(nodes), store
         self._start, self._layout, self._observer = start, layout, observer
         self._left_out = set[tuple[Attempt, int]]()
+        self._anchors = Anchors(identity, roster, store)
 
     def run(self, grid: Grid) -> bytes:
         """Run every round that is not committed yet; returns the final adapter.
@@ -233,7 +236,8 @@ class RoundEngine:
             except (ProtocolError, IdentityError) as error:
                 self._leave_out(attempt, site, action, str(error))
             else:
-                self._record(attempt, phase, site=site)
+                facts = self._anchors.learn(letter) if phase is Phase.MASKED else None
+                self._record(attempt, phase, facts, site=site)
 
     def _words(self, data: bytes) -> Words:
         """The words of a masked vector, as the site sent them."""
@@ -253,8 +257,8 @@ class RoundEngine:
         todo = {site: parts for site in self._nodes if site not in state.faulty}
         self._record(attempt, Phase.INVITED, {"sites": list(todo)})
         ready, refused = self._ask(grid, attempt, "task", todo)
-        for site in ready:
-            self._record(attempt, Phase.READY, site=site)
+        for site, letter in ready.items():
+            self._record(attempt, Phase.READY, self._anchors.learn(letter), site=site)
         minimum = self._plan.cohort.minimum
         if len(ready) < minimum:
             reasons = "; ".join(f"{self._name(s)}: {why}" for s, why in sorted(refused.items()))
@@ -278,7 +282,13 @@ class RoundEngine:
         messages = [
             grid.create_message(
                 content=seal_letter(
-                    Letter(action=action, attempt=attempt, site=site, parts=parts),
+                    Letter(
+                        action=action,
+                        attempt=attempt,
+                        site=site,
+                        parts=parts,
+                        receipt=self._anchors.receipt(site),
+                    ),
                     self._identity,
                     "coordinator",
                 ),
@@ -295,16 +305,16 @@ class RoundEngine:
                 continue
             try:
                 letter = open_letter(message.content, self._roster.key(site), "site")
-            except IdentityError as error:
+                if (letter.site, letter.attempt, letter.action) != (site, attempt, action):
+                    refused[site] = "answered another letter"
+                elif letter.code not in {SiteCode.READY, SiteCode.DONE}:
+                    refused[site] = str(letter.code)
+                else:
+                    self._anchors.check(site, letter.lines)
+                    accepted[site] = letter
+                    refused.pop(site, None)
+            except (IdentityError, LedgerRolledBack) as error:
                 refused[site] = str(error)
-                continue
-            if (letter.site, letter.attempt, letter.action) != (site, attempt, action):
-                refused[site] = "answered another letter"
-            elif letter.code not in {SiteCode.READY, SiteCode.DONE}:
-                refused[site] = str(letter.code)
-            else:
-                accepted[site] = letter
-                refused.pop(site, None)
         for site, reason in refused.items():
             self._leave_out(attempt, site, action, reason)
         return accepted, refused

@@ -8,6 +8,7 @@ that names them.
 
 import contextlib
 import hashlib
+import json
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -133,6 +134,22 @@ class RunStore:
             if name == run:
                 found.append(Event(attempt=attempt, site=site, phase=Phase(phase), payload=payload))
         return found
+
+    def ledger_lines(self) -> dict[bytes, tuple[int, str]]:
+        """The newest line of each site's ledger (number, hash) in the events of all runs, by key.
+
+        Whoever relies on it reads :meth:`events` as well, which checks the chain.
+        """
+        rows = self._db.execute(
+            "SELECT payload FROM event WHERE phase IN (?, ?) ORDER BY seq",
+            (Phase.READY.value, Phase.MASKED.value),
+        )
+        lines = dict[bytes, tuple[int, str]]()
+        for (payload,) in rows:
+            if (facts := json.loads(payload)) is not None:
+                key, seq, head = facts["ledger"]
+                lines[bytes.fromhex(key)] = (seq, head)
+        return lines
 
     def put_blob(self, data: bytes) -> str:
         """Store bytes durably under their SHA-256 and return its hex digest."""

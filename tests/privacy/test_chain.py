@@ -208,13 +208,13 @@ def test_a_chain_opens_on_a_full_disk_with_a_torn_line(tmp_path, full_disk):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
 def test_a_really_full_disk(tmp_path):
     """Not a limit of one process: a disk of 64 KiB that another file has filled."""
-    mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    mounted = ["/bin/mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
     if subprocess.run(mounted, capture_output=True, check=False).returncode != 0:
         pytest.skip("this machine lets nobody mount")
     try:
         _fill_and_go_on(tmp_path)
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["/bin/umount", str(tmp_path)], check=True)
 
 
 def _fill_and_go_on(folder: Path) -> None:
