@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Self
 
 from fedward.attempt import Attempt
-from fedward.errors import LedgerRolledBack
+from fedward.errors import LedgerError, LedgerRolledBack
 from fedward.identity import Identity
 from fedward.messages import Receipt
 from fedward.privacy.chain import Chain
@@ -50,9 +50,14 @@ class SiteMemory:
         """Open or make the memory at ``path``.
 
         Raises:
-            LedgerError: See :class:`~fedward.privacy.chain.Chain`.
+            LedgerError: See :class:`~fedward.privacy.chain.Chain` and this class.
         """
-        return cls(Chain(path, identity, purpose="fedward memory"), ledger)
+        chain = Chain(path, identity, purpose="fedward memory")
+        try:
+            return cls(chain, ledger)
+        except LedgerError:
+            chain.close()
+            raise
 
     def close(self) -> None:
         """Let the file go."""

@@ -1,22 +1,31 @@
 """What a site must not forget is there when its process comes back."""
 
+import contextlib
+import json
+from pathlib import Path
+
 import pytest
 
 from fedward.attempt import Attempt
 from fedward.client.memory import SiteMemory
-from fedward.errors import LedgerError
+from fedward.errors import LedgerError, LedgerRolledBack
 from fedward.identity import Identity
+from fedward.messages import Receipt, countersign
 from fedward.privacy.accounting import SampledGaussian
 from fedward.privacy.ledger import Ledger
 
-IDENTITY = Identity(bytes(32))
+IDENTITY, COORDINATOR = Identity(bytes(32)), Identity(bytes([9]) * 32)
 FIRST = Attempt(run="r", round=1)
 SESSION, ONE, OTHER = bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 32
 
 
+def opened_ledger(folder: Path) -> Ledger:
+    return Ledger.open(folder / "ledger.jsonl", IDENTITY, epsilon=100.0, delta=1e-5)
+
+
 @pytest.fixture
 def ledger(tmp_path):
-    ledger = Ledger.open(tmp_path / "ledger.jsonl", IDENTITY, epsilon=100.0, delta=1e-5)
+    ledger = opened_ledger(tmp_path)
     event = SampledGaussian(noise_multiplier=5.0, sampling_rate=1.0, steps=1)
     ledger.open_run("r", bytes(32), event, 2)
     yield ledger
@@ -89,3 +98,44 @@ def test_a_ledger_is_no_memory(tmp_path, ledger):
     (tmp_path / "copy.jsonl").write_bytes((tmp_path / "ledger.jsonl").read_bytes())
     with pytest.raises(LedgerError, match="not signed by this site's key"):
         SiteMemory.open(tmp_path / "copy.jsonl", IDENTITY, ledger)
+
+
+def spend(ledger: Ledger, attempt: Attempt) -> None:
+    ledger.reserve(attempt)
+    ledger.mark_sent(attempt)
+
+
+def receipt_for(ledger: Ledger) -> Receipt:
+    return countersign(COORDINATOR, IDENTITY.public_key, ledger.head)
+
+
+def test_a_ledger_restored_alone_is_noticed_on_start(reopen, ledger, tmp_path):
+    old = (tmp_path / "ledger.jsonl").read_bytes()
+    spend(ledger, FIRST)
+    reopen().keep_receipt(receipt_for(ledger))
+    reopen().close()  # control: the same ledger
+    ledger.close()
+    (tmp_path / "ledger.jsonl").write_bytes(old)
+    with (
+        contextlib.closing(opened_ledger(tmp_path)) as restored,
+        pytest.raises(LedgerRolledBack, match="line 2 is missing: 3 lines were once acknowledged"),
+    ):
+        SiteMemory.open(tmp_path / "memory.jsonl", IDENTITY, restored)
+
+
+def test_only_the_newest_receipt_is_kept(reopen, ledger, tmp_path):
+    memory = reopen()
+    first = receipt_for(ledger)
+    memory.keep_receipt(first)
+    spend(ledger, FIRST)
+    second = receipt_for(ledger)
+    memory.keep_receipt(second)
+    for known in (first, second):
+        memory.keep_receipt(known)
+    lines = (tmp_path / "memory.jsonl").read_text().splitlines()
+    kept = [json.loads(line)["entry"] for line in lines]
+    assert [entry["seq"] for entry in kept] == [1, 3]
+    # What is kept is the coordinator's own word, for whoever has to be shown it.
+    Receipt(seq=3, signature=kept[1]["signature"]).check(
+        COORDINATOR.public_key, IDENTITY.public_key, kept[1]["head"]
+    )
