@@ -7,6 +7,7 @@
     │   └── InvalidValue          one value: key, what came, what is allowed
     ├── DataError                 records that cannot be used (missing column, empty site)
     ├── ModelError                a model or tuner that cannot be loaded or trained
+    ├── Unreachable               the other side does not answer, or is not whom its CA vouches for
     ├── IdentityError             a signature, key or roster that does not hold
     ├── ProtocolError             a secure-aggregation check failed: the session ends here
     ├── PrivacyError              the privacy guarantee could not be kept
@@ -54,6 +55,10 @@ class DataError(FedwardError):
 
 class ModelError(FedwardError):
     """A model, tokenizer or tuner cannot be loaded, or training it failed."""
+
+
+class Unreachable(FedwardError):
+    """The other side cannot be reached, does not answer, or its TLS certificate does not hold."""
 
 
 class IdentityError(FedwardError):

@@ -4,6 +4,7 @@ A signature always covers a purpose and its fields through :func:`fedward.canoni
 bytes signed for one purpose never verify for another. Verification raises; it never returns False.
 """
 
+import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,11 +17,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PublicKey,
 )
 
-from fedward.canonical import digest
+from fedward.canonical import canonical_json, digest
 from fedward.errors import IdentityError
 
 _SIGNATURE_BYTES = 64
 _KEY_BYTES = 32
+_ROSTER = "fedward/1/roster"
 
 
 class Identity:
@@ -183,3 +185,44 @@ class Roster:
     def key(self, site: int) -> bytes:
         """The Ed25519 key of a member."""
         return self.member(site).public_key
+
+
+def fingerprint(public_key: bytes) -> str:
+    """What two people read to each other on the telephone: 128 bits of a key's SHA-256.
+
+    >>> fingerprint(bytes(32))
+    '3144 eaf2 1c59 0efd 9679 9541 6b38 d8fb'
+    """
+    hexed = digest("fingerprint", public_key).hex()[:32]
+    return " ".join(hexed[start : start + 4] for start in range(0, 32, 4))
+
+
+def seal_roster(roster: Roster, identity: Identity) -> bytes:
+    """The roster as bytes that the coordinator has signed; :func:`open_roster` reads them."""
+    members = [[m.id, m.name, m.public_key.hex()] for m in roster.members]
+    facts = {"epoch": roster.epoch, "coordinator": roster.coordinator.hex(), "members": members}
+    return identity.seal(_ROSTER, canonical_json(facts))
+
+
+def open_roster(sealed: bytes, coordinator: bytes) -> Roster:
+    """Read a roster that this coordinator has signed, and that names it.
+
+    Raises:
+        IdentityError: The signature does not hold, or what was signed is no roster of its own.
+    """
+    body = open_sealed(coordinator, _ROSTER, sealed)
+    try:
+        facts = json.loads(body)
+        roster = Roster(
+            epoch=facts["epoch"],
+            coordinator=bytes.fromhex(facts["coordinator"]),
+            members=tuple(
+                Member(id=site, name=name, public_key=bytes.fromhex(key))
+                for site, name, key in facts["members"]
+            ),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IdentityError("what the coordinator signed is not a roster") from error
+    if roster.coordinator != coordinator:
+        raise IdentityError("the roster names another coordinator than the one that signed it")
+    return roster

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
+
 from fedward.canonical import canonical_json
 from fedward.errors import ConfigurationError, InvalidValue
 
@@ -103,6 +105,12 @@ def _convert(hint: Any, value: Any, key: str, section: str, where: str) -> Any: 
     if origin is tuple:
         check(isinstance(value, list), "a list")
         return tuple(_convert(options[0], item, key, section, where) for item in value)
+    if origin is Mapping:
+        check(isinstance(value, Mapping), "a section")
+        inner = f"{where}{key}."
+        return {
+            name: _convert(options[1], item, name, section, inner) for name, item in value.items()
+        }
     if origin is typing.Literal:
         # By type too, because 32.0 and 32 are equal.
         holds = any(type(value) is type(option) and value == option for option in options)
@@ -155,31 +163,14 @@ def _flatten_rest(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:  # noq
     return flat
 
 
-def dump(value: object) -> str:
-    """Write a dataclass of scalars and lists of them as TOML, which :func:`parse` reads back.
-
-    None is left out.
-
-    Raises:
-        ConfigurationError: A text with a control character, which TOML cannot hold as it is.
-    """
-    lines = list[str]()
-    for field in dataclasses.fields(value):  # type: ignore[arg-type]  # it is one
-        item = vars(value)[field.name]
-        if item is not None:
-            items = [_literal(field.name, part) for part in item] if type(item) is tuple else None
-            text = _literal(field.name, item) if items is None else f"[{', '.join(items)}]"
-            lines.append(f"{field.name} = {text}\n")
-    return "".join(lines)
+def dump(value: Any) -> str:  # noqa: ANN401  # any dataclass
+    """Write a dataclass as TOML, which :func:`parse` reads back equal; None is left out."""
+    return tomli_w.dumps(_without_nulls(dataclasses.asdict(value)))
 
 
-def _literal(key: str, value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        if not value.isprintable():
-            raise ConfigurationError(
-                str(InvalidValue(key, value, "text without control characters"))
-            )
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value)
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_nulls(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }

@@ -16,6 +16,7 @@ MAY_IMPORT = {
 LEAVES = {
     "attempt",
     "canonical",
+    "enrolment",
     "errors",
     "identity",
     "messages",

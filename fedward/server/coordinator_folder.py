@@ -99,13 +99,8 @@ class CoordinatorFolder:
 
     @property
     def members(self) -> Path:
-        """The database of members and invitations."""
+        """The database of members and invitations, from which the roster follows."""
         return self.root / "members.sqlite"
-
-    @property
-    def roster(self) -> Path:
-        """The current roster, sealed; written again from :attr:`members` at every change."""
-        return self.root / "roster"
 
     @property
     def fleet_database(self) -> Path:

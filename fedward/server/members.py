@@ -1,0 +1,235 @@
+"""Who is a member: invitations, enrolled sites and the roster that follows from them (SQLite).
+
+Every change makes one more epoch; ids are never given out again, so that a session, a letter or a
+fault of a former member can never be taken for a new one's.
+"""
+
+import contextlib
+import hmac
+import os
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedward.enrolment import EnrolRequest, secret_hash
+from fedward.errors import ConfigurationError, IdentityError
+from fedward.identity import Member, Roster, seal_roster
+from fedward.server.coordinator_folder import CoordinatorFolder
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS member (
+  id INTEGER PRIMARY KEY, name TEXT NOT NULL,
+  public_key BLOB NOT NULL UNIQUE, fleet_key TEXT NOT NULL UNIQUE,
+  revoked INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS invitation (
+  secret_hash BLOB PRIMARY KEY, name TEXT NOT NULL, expires INTEGER NOT NULL,
+  member INTEGER REFERENCES member (id)
+) STRICT;
+CREATE TABLE IF NOT EXISTS change (
+  epoch INTEGER PRIMARY KEY, time INTEGER NOT NULL, what TEXT NOT NULL, member INTEGER NOT NULL
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enrolled:
+    """One site that is or was a member.
+
+    Args:
+        id: Its roster id.
+        name: Its name.
+        public_key: Its Ed25519 key, 32 bytes.
+        fleet_key: Its EC P-384 key, OpenSSH text: what Flower's node authentication asks for.
+        revoked: Whether it is out for good.
+    """
+
+    id: int
+    name: str
+    public_key: bytes
+    fleet_key: str
+    revoked: bool
+
+
+class Members:
+    """The open database of members.
+
+    Args:
+        folder: The coordinator's.
+    """
+
+    def __init__(self, folder: CoordinatorFolder) -> None:
+        self._folder = folder
+        os.close(os.open(folder.members, os.O_CREAT, 0o600))  # before SQLite does, with its mode
+        self._db = sqlite3.connect(folder.members, isolation_level=None, timeout=30)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    def invite(self, name: str, *, expires: int, now: int) -> str:
+        """Make an invitation; an older, unused one of the same site is void.
+
+        Args:
+            name: The site's.
+            expires: Unix seconds.
+            now: Unix seconds.
+
+        Returns:
+            The secret of the token, 32 random bytes in hex; only its hash is stored.
+
+        Raises:
+            ConfigurationError: The site is a member, or the time is over already.
+        """
+        if expires <= now:
+            raise ConfigurationError("an invitation must hold for some time; give more hours")
+        secret = os.urandom(32).hex()
+        with self._transaction():
+            if self._active(name) is not None:
+                raise ConfigurationError(
+                    f"site {name!r} is a member already; revoke it first if it has new keys"
+                )
+            self._db.execute("DELETE FROM invitation WHERE name=? AND member IS NULL", (name,))
+            self._db.execute(
+                "INSERT INTO invitation (secret_hash, name, expires) VALUES (?, ?, ?)",
+                (secret_hash(secret), name, expires),
+            )
+        return secret
+
+    def enrol(self, request: EnrolRequest, now: int) -> Enrolled:
+        """Admit a site that shows a valid secret; the very same request again changes nothing.
+
+        Args:
+            request: Its signatures are checked.
+            now: Unix seconds.
+
+        Raises:
+            IdentityError: No such invitation, it is over or used by other keys, or the keys are
+                another's.
+        """
+        with self._transaction():
+            hashed, used_by, expires = self._invitation(request)
+            if used_by is not None:
+                found = next(member for member in self.all() if member.id == used_by)
+                same = (found.public_key.hex(), found.fleet_key, found.revoked) == (
+                    request.public_key, request.fleet_key, False
+                )  # fmt: skip
+                if not same:
+                    raise IdentityError("this token was used already: ask for another")
+                return found
+            if expires <= now:
+                raise IdentityError("this token is over: ask for another")
+            if self._active(request.site) is not None:
+                raise IdentityError(f"site {request.site!r} is a member already")
+            return self._admit(request, hashed, now)
+
+    def revoke(self, name: str, now: int) -> None:
+        """Put a site out; its id and keys are never accepted again.
+
+        Raises:
+            ConfigurationError: No such member.
+        """
+        with self._transaction():
+            found = self._active(name)
+            if found is None:
+                members = ", ".join(m.name for m in self.all() if not m.revoked) or "none"
+                raise ConfigurationError(f"site {name!r} is not a member; members: {members}")
+            self._db.execute("UPDATE member SET revoked=1 WHERE id=?", (found.id,))
+            self._change("revoked", found.id, now)
+
+    def all(self) -> list[Enrolled]:
+        """Every site that is or was a member, by id."""
+        rows = self._db.execute(
+            "SELECT id, name, public_key, fleet_key, revoked FROM member ORDER BY id"
+        )
+        return [
+            Enrolled(id=i, name=name, public_key=key, fleet_key=fleet, revoked=bool(revoked))
+            for i, name, key, fleet, revoked in rows
+        ]
+
+    def waiting(self, now: int) -> list[tuple[str, int]]:
+        """Name and end (Unix seconds) of every invitation that may still be used."""
+        return self._db.execute(
+            "SELECT name, expires FROM invitation WHERE member IS NULL AND expires > ? "
+            "ORDER BY name",
+            (now,),
+        ).fetchall()
+
+    def roster(self) -> Roster:
+        """The current roster; epoch 0 while nobody has enrolled."""
+        (epoch,) = self._db.execute("SELECT coalesce(max(epoch), 0) FROM change").fetchone()
+        return Roster(
+            epoch=epoch,
+            coordinator=self._folder.identity().public_key,
+            members=tuple(
+                Member(id=m.id, name=m.name, public_key=m.public_key)
+                for m in self.all()
+                if not m.revoked
+            ),
+        )
+
+    def sealed_roster(self) -> bytes:
+        """The current roster with the coordinator's signature."""
+        return seal_roster(self.roster(), self._folder.identity())
+
+    def _invitation(self, request: EnrolRequest) -> tuple[bytes, int | None, int]:
+        """Hash, user and end of the invitation that a request's secret opens."""
+        hashed = secret_hash(request.secret)
+        rows = self._db.execute(
+            "SELECT secret_hash, member, expires FROM invitation WHERE name=?", (request.site,)
+        ).fetchall()
+        for stored, member, expires in rows:
+            if hmac.compare_digest(stored, hashed):
+                return hashed, member, expires
+        raise IdentityError("no invitation for this site and token")
+
+    def _admit(self, request: EnrolRequest, hashed: bytes, now: int) -> Enrolled:
+        key = bytes.fromhex(request.public_key)
+        if key == self._folder.identity().public_key:
+            raise IdentityError("a site needs a key of its own")
+        (site,) = self._db.execute("SELECT coalesce(max(id) + 1, 0) FROM member").fetchone()
+        try:
+            self._db.execute(
+                "INSERT INTO member (id, name, public_key, fleet_key) VALUES (?, ?, ?, ?)",
+                (site, request.site, key, request.fleet_key),
+            )
+        except sqlite3.IntegrityError as error:
+            raise IdentityError("these keys are or were another member's: make new ones") from error
+        self._db.execute("UPDATE invitation SET member=? WHERE secret_hash=?", (site, hashed))
+        self._change("enrolled", site, now)
+        return Enrolled(
+            id=site, name=request.site, public_key=key, fleet_key=request.fleet_key, revoked=False
+        )
+
+    def _active(self, name: str) -> Enrolled | None:
+        return next((m for m in self.all() if m.name == name and not m.revoked), None)
+
+    def _change(self, what: str, member: int, now: int) -> None:
+        self._db.execute(
+            "INSERT INTO change (epoch, time, what, member) "
+            "SELECT coalesce(max(epoch), 0) + 1, ?, ?, ? FROM change",
+            (now, what, member),
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def open_members(folder: CoordinatorFolder) -> Iterator[Members]:
+    """The database of members, closed at the end."""
+    members = Members(folder)
+    try:
+        yield members
+    finally:
+        members.close()
