@@ -232,17 +232,23 @@ class Aggregation:
     Args:
         scheme: ``fedavg`` (every trainable tensor) or ``ffa`` (LoRA's A frozen and orthonormal).
         update_clip: L2 bound of a site's update, > 0; fixes the fixed-point grid.
-        word_bits: Bits of one word of the masked sum.
+        word_bits: Bits of one word of the masked sum; 16 halve what a site sends.
+        weights: Site name to its weight in the mean, a number above 0 for every site; left out,
+            all weigh alike. No site may outweigh the ``minimum - 1 - colluders`` lightest others.
     """
 
     scheme: Literal["fedavg", "ffa"] = "fedavg"
     update_clip: float = 1.0
-    word_bits: Literal[32] = 32
+    word_bits: Literal[16, 32] = 32
+    weights: Mapping[str, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         """Check every limit."""
         positive = 0 < self.update_clip < math.inf
         _check(positive, "update_clip", self.update_clip, "a number above 0")
+        for name, weight in (self.weights or {}).items():
+            holds = isinstance(weight, float) and 1e-9 <= weight <= 1e9
+            _check(holds, f"weights.{name}", weight, "a number, 1e-9 to 1e9")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +339,15 @@ class Plan:
         if data.split is not None:
             allowed = f"at least [cohort] minimum = {minimum}"
             _check(data.split.sites >= minimum, "sites", data.split.sites, allowed)
+        wide = self.metrics is None or self.aggregation.word_bits == 32
+        _check(wide, "word_bits", self.aggregation.word_bits, "32 beside [metrics]")
+        if self.aggregation.weights is not None:
+            # Otherwise a sum of the fewest sites, less the colluders' part, is nearly one update.
+            unknown = minimum - 1 - self.cohort.colluders
+            *lighter, heaviest = sorted(self.aggregation.weights.values()) or [math.inf]
+            allowed = f"none above the {unknown} lightest others together"
+            holds = heaviest <= math.fsum(lighter[:unknown])
+            _check(holds, "weights", dict(self.aggregation.weights), allowed)
 
     def hash(self) -> bytes:
         """The 32 bytes that approve, sign and bind this plan."""

@@ -5,6 +5,7 @@ import inspect
 import re
 import tomllib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from fedward.plan import Plan
 from fedward.typed_toml import REST, parse
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
-TYPES = {str: "text", int: "whole number", float: "number", tuple: "list of text"}
+TYPES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    tuple: "list of text",
+    Mapping: "name to number",
+}
 
 
 def sections(cls: Any, name: str = "") -> list[tuple[str, Any]]:
@@ -32,7 +39,8 @@ def type_of(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{option}`" for option in typing.get_args(hint))
     first = next((kind for kind in typing.get_args(hint) if kind is not type(None)), hint)
-    return TYPES[typing.get_origin(hint) if typing.get_origin(hint) is tuple else first]
+    many = next((o for o in map(typing.get_origin, (hint, first)) if o in (tuple, Mapping)), None)
+    return TYPES[many or first]
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:

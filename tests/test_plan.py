@@ -147,7 +147,8 @@ REFUSED: list[tuple[Any, ...]] = [
     ("cohort", "colluders", [-1], "0 or more"),
     ("aggregation", "scheme", ["mean"], "one of 'fedavg', 'ffa'"),
     ("aggregation", "update_clip", [0.0, -1.0, math.inf], POSITIVE),
-    ("aggregation", "word_bits", [16, 64, "32"], "one of 32"),
+    ("aggregation", "word_bits", [8, 64, "32"], "one of 16, 32"),
+    ("aggregation", "weights", [[1.0], "uniform"], "a section"),
     ("privacy", "epsilon", [0.0, -1.0], "above 0, or inf for no privacy"),
     ("privacy", "delta", [0.0, -1e-6, 0.1, 1.0], "above 0 and below 0.1"),
     ("privacy", "clip", [0.0, -1.0, 9e-7, 2e6, math.inf], "1e-6 to 1e6"),
@@ -359,7 +360,7 @@ def test_a_minimal_plan_has_the_documented_defaults(file):
 def test_the_hash_of_a_plan_is_fixed(file, full):
     # Sites approve this hash: when it changes, every approval is void.
     assert load_plan(write(file)).to_json() == (
-        b'{"aggregation":{"scheme":"fedavg","update_clip":1.0,"word_bits":32},'
+        b'{"aggregation":{"scheme":"fedavg","update_clip":1.0,"weights":null,"word_bits":32},'
         b'"cohort":{"colluders":1,"minimum":3},'
         b'"data":{"completion":null,"label":"label","messages":null,"prompt":null,"site":null,'
         b'"split":null,"template":null,"text":"text","unit":null},'
@@ -371,7 +372,7 @@ def test_the_hash_of_a_plan_is_fixed(file, full):
         b'"task":{"labels":[],"max_length":512,"objective":"sft"},'
         b'"tuner":{"arguments":{},"method":"lora"}}'
     )
-    assert full.hash().hex() == "d234e9c90774f486303526abd55707d6ea25b68ae8fc45414ceeda2073997408"
+    assert full.hash().hex() == "b80f0008c1d75a34eb8584f3ed2ba0534fea68c01494a0379212b89da85a330f"
 
 
 CHANGES: dict[str, list[dict[str, Any]]] = {
@@ -408,7 +409,12 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"deadline": "91s"},
     ],
     "cohort": [{"minimum": 5}, {"colluders": 1}],
-    "aggregation": [{"scheme": "fedavg"}, {"update_clip": 0.25}],
+    "aggregation": [
+        {"scheme": "fedavg"},
+        {"update_clip": 0.25},
+        {"weights": {"a": 1.0, "b": 1.0}},
+        {"weights": {"a": 1.0, "c": 1.0}},
+    ],
     "privacy": [{"epsilon": 5.0}, {"delta": 2e-5}, {"clip": 0.8}, {"records_per_unit": 3}],
     "metrics": [{"epsilon": 0.25}, {"loss_bound": 2.0}],
 }
@@ -425,7 +431,9 @@ def changed(plan: Any, section: str, change: dict[str, Any]) -> Any:
 def test_the_hash_changes_with_each_key(full):
     plans = [full, *(changed(full, s, change) for s, cs in CHANGES.items() for change in cs)]
     assert len({plan.hash() for plan in plans}) == len(plans)
-    one_value = {"mode", "method", "word_bits"}
+    wide, bits = replace(full, metrics=None), {"word_bits": 16}  # 16 are refused beside [metrics]
+    assert changed(wide, "aggregation", bits).hash() != wide.hash()
+    one_value = {"mode", "method", *bits}
     only_sft = {"messages", "prompt", "completion"}
     left = {(s, k) for s, k, _ in KEYS} - {
         (s, k) for s, cs in CHANGES.items() for c in cs for k in c

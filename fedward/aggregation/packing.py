@@ -51,6 +51,18 @@ def pack(
     return words
 
 
+def weighed(
+    update: npt.NDArray[np.float32], parameters: SessionParameters, site: int
+) -> npt.NDArray[np.floating]:
+    """A site's update times its share of the heaviest weight: never longer than it was.
+
+    Raises:
+        ProtocolError: The session has weights, and none for this site.
+    """
+    share = parameters.share(site)
+    return update if share == 1 else update.astype(np.float64) * share
+
+
 def unpack(
     total: Words, parameters: SessionParameters
 ) -> tuple[npt.NDArray[np.float64], dict[str, float]]:

@@ -3,9 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fedward.aggregation.fixed_point import Grid
 from fedward.aggregation.transcript import PROTOCOL
@@ -55,7 +55,8 @@ class SessionParameters:
         noise: Standard deviation of each site's share of distributed noise, in the unit of the
             update; 0 where the guarantee stands without one.
         deadline: Seconds that one exchange may take, 1 to 2^31 - 1.
-        weights: How updates are weighed: all alike.
+        weights: Each site of the roster with its weight in the mean, ascending by id, at most
+            1,024; empty: all weigh alike. Public constants of the plan, never a number of patients.
         rotated: Whether updates are rotated before they are rounded
             (:mod:`fedward.aggregation.rotation`); 16-bit words need it.
     """
@@ -71,13 +72,16 @@ class SessionParameters:
     minimum: int
     noise: float = 0.0
     deadline: int = 3600
-    weights: Literal["uniform"] = "uniform"
+    weights: tuple[tuple[int, float], ...] = ()
     rotated: bool = False
 
     def __post_init__(self) -> None:
         """Check every limit."""
         lowest = max(3, self.colluders + 2)
         names = [slot.name for slot in self.slots]
+        ids = [site for site, _ in self.weights]
+        known = all(type(site) is int and 0 <= site < 2**32 for site in ids)
+        weighed = all(1e-9 <= weight <= 1e9 for _, weight in self.weights)
         checks: tuple[tuple[str, object, bool, str], ...] = (
             ("roster_hash", self.roster_hash, len(self.roster_hash) == _HASH_BYTES, "32 bytes"),
             ("task_hash", self.task_hash, len(self.task_hash) == _HASH_BYTES, "32 bytes"),
@@ -95,7 +99,9 @@ class SessionParameters:
             ),
             ("noise", self.noise, 0 <= self.noise < math.inf, "0 or more"),
             ("deadline", self.deadline, 1 <= self.deadline < 1 << 31, "1 to 2^31 - 1 seconds"),
-            ("weights", self.weights, self.weights == "uniform", "uniform"),
+            ("weights", ids, known and ids == sorted(set(ids)), "site ids, ascending"),
+            ("weights", len(ids), len(ids) <= 1024, "at most 1024"),
+            ("weights", self.weights, weighed, "1e-9 to 1e9 each"),
         )
         for key, value, holds, allowed in checks:
             if not holds:
@@ -105,6 +111,23 @@ class SessionParameters:
     def words(self) -> int:
         """``d``: words of a masked vector, the slots' included."""
         return self.dimension + len(self.slots)
+
+    def share(self, site: int) -> float:
+        """The factor of a site's update before it is summed: its weight over the heaviest, <= 1.
+
+        Raises:
+            ProtocolError: Updates are weighed, and this site has no weight.
+        """
+        if not self.weights:
+            return 1.0
+        weights = dict(self.weights)
+        if site not in weights:
+            raise ProtocolError(f"the session has no weight for site {site}")
+        return weights[site] / max(weights.values())
+
+    def divisor(self, cohort: Iterable[int]) -> float:
+        """What the sum over a cohort is divided by to give the mean: the sum of their shares."""
+        return math.fsum(self.share(site) for site in cohort)
 
     def fields(self) -> dict[str, Any]:
         """The fields of ``P``: integers and strings only, reals as hexadecimal floats."""
@@ -122,7 +145,7 @@ class SessionParameters:
             "gamma": float(self.grid.gamma).hex(),
             "clip": float(self.grid.clip).hex(),
             "sites": self.grid.sites,
-            "weights": self.weights,
+            "weights": [[site, float(w).hex()] for site, w in self.weights] or "uniform",
             "rotated": int(self.rotated),
             "slots": [[slot.name, float(slot.clip).hex()] for slot in self.slots],
             "colluders": self.colluders,
@@ -158,13 +181,15 @@ class SessionParameters:
 
 _MALFORMED = (ValueError, OverflowError, KeyError, TypeError, RecursionError, ConfigurationError)
 
-_TEXT = ("proto", "run", "roster_hash", "task_hash", "gamma", "clip", "weights", "noise")
+_TEXT = ("proto", "run", "roster_hash", "task_hash", "gamma", "clip", "noise")
 
 
 def _typed(fields: Any) -> Mapping[str, Any]:  # noqa: ANN401  # JSON before its types are checked
     """Refuse other types than P has: True is an int to Python, and 1.0 equals 1."""
     for name, value in dict(fields).items():
         kind = list if name == "slots" else str if name in _TEXT else int
+        if name == "weights":
+            kind = str if value == "uniform" else list
         if type(value) is not kind:
             raise TypeError(f"{name} is not of type {kind.__name__}")
     return dict(fields)
@@ -193,9 +218,14 @@ def _build(fields: Mapping[str, Any]) -> SessionParameters:
         minimum=fields["minimum"],
         noise=float.fromhex(fields["noise"]),
         deadline=fields["deadline"],
-        weights=fields["weights"],
+        weights=_weights(fields["weights"]),
         rotated=bool(fields["rotated"]),
     )
+
+
+def _weights(value: Any) -> tuple[tuple[int, float], ...]:  # noqa: ANN401  # JSON
+    pairs = () if value == "uniform" else value
+    return tuple((site, float.fromhex(weight)) for site, weight in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

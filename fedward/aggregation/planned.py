@@ -2,9 +2,11 @@
 
 from fedward.aggregation.fixed_point import Grid
 from fedward.aggregation.parameters import SessionParameters, Slot
+from fedward.aggregation.rotation import rotated_grid
 from fedward.attempt import Attempt
+from fedward.errors import InvalidValue
 from fedward.identity import Roster
-from fedward.plan import Plan
+from fedward.plan import Aggregation, Plan
 
 METRIC_SLOTS = ("loss", "correct", "units")
 """The extra words of a plan with ``[metrics]``, in order."""
@@ -25,7 +27,7 @@ def planned_session(
         dimension: Coordinates of an update.
 
     Raises:
-        InvalidValue: The plan's cohort does not fit the roster.
+        InvalidValue: The plan's cohort, word size or weights do not fit the roster.
     """
     sites = len(roster.members)
     aggregation, metrics = plan.aggregation, plan.metrics
@@ -34,10 +36,29 @@ def planned_session(
         roster_hash=roster.hash(),
         task_hash=task_hash,
         dimension=dimension,
-        grid=Grid(clip=aggregation.update_clip, sites=sites, word_bits=aggregation.word_bits),
+        grid=_grid(aggregation, dimension, sites),
         slots=tuple(Slot(name=n, clip=_METRIC_CLIP) for n in METRIC_SLOTS) if metrics else (),
         colluders=plan.cohort.colluders,
         dropouts=sites // 10,
         minimum=plan.cohort.minimum,
         deadline=plan.rounds.deadline_seconds,
+        weights=_weights(aggregation, roster),
+        rotated=aggregation.word_bits == 16,
     )
+
+
+def _grid(aggregation: Aggregation, dimension: int, sites: int) -> Grid:
+    """16-bit words are fine enough only for updates that a rotation has spread."""
+    if aggregation.word_bits == 16:
+        return rotated_grid(aggregation.update_clip, dimension, sites=sites)
+    return Grid(clip=aggregation.update_clip, sites=sites, word_bits=32)
+
+
+def _weights(aggregation: Aggregation, roster: Roster) -> tuple[tuple[int, float], ...]:
+    weights = aggregation.weights
+    if weights is None:
+        return ()
+    missing = [member.name for member in roster.members if member.name not in weights]
+    if missing:
+        raise InvalidValue("weights", sorted(weights), f"also one for {missing[0]!r}")
+    return tuple((member.id, weights[member.name]) for member in roster.members)

@@ -36,9 +36,9 @@ class SumResult:
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
-        """``(dimension,)`` float64: the mean update over the cohort."""
+        """``(dimension,)`` float64: the mean update over the cohort, by the session's weights."""
         total, _ = unpack(self.words, self.parameters)
-        total /= len(self.cohort)
+        total /= self.parameters.divisor(self.cohort)
         return total
 
     @property

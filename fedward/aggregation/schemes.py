@@ -1,12 +1,11 @@
-"""How a decoded sum becomes the next adapter. Sites recompute every rule bit for bit.
+"""How a decoded sum becomes the next adapter. Sites recompute the rule bit for bit.
 
-A scheme is a pair of pure functions, ``init`` and ``apply``, on the flat vector of exactly the
-parameters that are trained and sent. Which parameters those are is the tuner's business: ``fedavg``
-sends every trainable tensor, ``ffa`` trains and sends LoRA's B alone.
+Both schemes add the mean update to the trained parameters; which parameters those are is the
+tuner's business. ``fedavg`` trains and sends every trainable tensor (McMahan et al. 2017, Algorithm
+1). ``ffa`` trains and sends LoRA's B alone (Sun et al. 2024, FFA-LoRA, section 4): the mean of
+B_k·A is the product of the mean B with A, so the rule is exact on the weights, and noise enters
+linearly.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,49 +13,6 @@ import numpy.typing as npt
 from fedward.errors import ProtocolError
 
 Vector = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What a scheme carries from one round to the next.
-
-    Args:
-        vector: ``(d,)`` float32: the trained parameters.
-    """
-
-    vector: Vector
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """An aggregation rule.
-
-    Args:
-        rule: Its name as the task hash binds it.
-        init: From the first adapter's vector to the first state.
-        apply: From a state and the mean update, ``(d,)`` float64, to the next state.
-    """
-
-    rule: str
-    init: Callable[[Vector], State]
-    apply: Callable[[State, npt.NDArray[np.float64]], State]
-
-
-def fedavg() -> Scheme:
-    """Mean of the updates of every trainable tensor (McMahan et al. 2017, Algorithm 1).
-
-    All sites weigh alike: a weight by data size would have to be known to the coordinator.
-    """
-    return Scheme(rule="fedavg", init=_start, apply=_add_mean)
-
-
-def ffa() -> Scheme:
-    """Mean of the updates of LoRA's B while A stays frozen (Sun et al. 2024, FFA-LoRA, section 4).
-
-    The mean of B_k·A is the product of the mean B with A, so the rule is exact on the weights, and
-    noise enters linearly.
-    """
-    return Scheme(rule="ffa", init=_start, apply=_add_mean)
 
 
 def next_vector(start: Vector, mean: npt.NDArray[np.float64]) -> Vector:
@@ -80,11 +36,3 @@ def next_vector(start: Vector, mean: npt.NDArray[np.float64]) -> Vector:
             f"expected a float32 vector of shape {mean.shape}, got {start.dtype} of {start.shape}"
         )
     return (start.astype(np.float64) + mean).astype(np.float32)
-
-
-def _start(vector: Vector) -> State:
-    return State(vector=vector)
-
-
-def _add_mean(state: State, mean: npt.NDArray[np.float64]) -> State:
-    return State(vector=next_vector(state.vector, mean))

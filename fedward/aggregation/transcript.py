@@ -91,7 +91,7 @@ def task_hash(adapter: bytes, plan_hash: bytes, rule: str) -> bytes:
     Args:
         adapter: The adapter's whole state, as sent.
         plan_hash: :meth:`fedward.plan.Plan.hash`.
-        rule: The aggregation rule, :attr:`fedward.aggregation.schemes.Scheme.rule`.
+        rule: The aggregation rule: the plan's scheme.
     """
     return digest("task", adapter, plan_hash, rule)
 

@@ -18,7 +18,7 @@ from flwr.app import RecordDict
 
 from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.masks import Words
-from fedward.aggregation.packing import pack, unpack
+from fedward.aggregation.packing import pack, unpack, weighed
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.schemes import next_vector
@@ -47,7 +47,13 @@ from fedward.messages import Letter, Line, Receipt, open_letter, seal_letter
 from fedward.plan import Plan, from_json
 from fedward.privacy.ledger import Ledger
 from fedward.privacy.noise import SecureStream
-from fedward.tuning.vector import Layout, layout_from_bytes, replace_vector, vector_of
+from fedward.tuning.vector import (
+    Layout,
+    dimension,
+    layout_from_bytes,
+    replace_vector,
+    vector_of,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -220,6 +226,13 @@ class Agent:
             raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
         self._check_adapter(letter, plan, layout)
         draw = self._ledger.spent_in(attempt)
+        expected = planned_session(
+            plan,
+            self._roster,
+            attempt,
+            task_hash=task_hash(adapter, plan.hash(), plan.aggregation.scheme),
+            dimension=dimension(layout),
+        )
         request = TrainRequest(
             plan=plan, attempt=attempt, draw=draw, adapter=adapter, layout=layout
         )
@@ -233,13 +246,6 @@ class Agent:
         )
         self._ledger.reserve(attempt)
         result = self._held(request) or self._trainer.train(request)
-        expected = planned_session(
-            plan,
-            self._roster,
-            attempt,
-            task_hash=task_hash(adapter, plan.hash(), plan.aggregation.scheme),
-            dimension=len(result.update),
-        )
         session = SiteSession(
             identity=self._identity,
             site=self._site,
@@ -297,10 +303,12 @@ class Agent:
         )
         words = np.frombuffer(letter.part("sum"), dtype=parameters.grid.dtype)
         total, _ = unpack(words, parameters)
-        bound = len(cohort) * (parameters.grid.clip + parameters.grid.gamma * math.sqrt(len(start)))
+        divisor = parameters.divisor(cohort)
+        rounding = len(cohort) * parameters.grid.gamma * math.sqrt(len(start))
+        bound = divisor * plan.aggregation.update_clip + rounding
         if float(np.linalg.norm(total)) > bound:
             raise ProtocolError("the published sum is longer than its sites' updates can be")
-        expected = replace_vector(last.adapter, layout, next_vector(start, total / len(cohort)))
+        expected = replace_vector(last.adapter, layout, next_vector(start, total / divisor))
         if expected != adapter:
             raise ProtocolError("the adapter is not what the published sum gives")
 
@@ -344,7 +352,8 @@ class Agent:
         attempt = work.attempt  # its number does not count: the same update is rounded alike
         position = f"{attempt.round}/{attempt.session}/{work.draw}"
         stream = self._secret.child("rounding", attempt.run, position, work.expected.task_hash)
-        return pack(update, work.result.slots, work.expected, stream)
+        weighted = weighed(update, work.expected, self._site)
+        return pack(weighted, work.result.slots, work.expected, stream)
 
     def _evaluate(self, letter: Letter) -> SiteCode:
         """Evaluate an adapter for the site itself, under the plan that its ledger knows.

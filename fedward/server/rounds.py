@@ -192,18 +192,15 @@ class RoundEngine:
 
     def _session(self, grid: Grid, attempt: Attempt, state: State) -> SumResult:
         """One execution of the protocol, from the task to the sum."""
-        ready = self._invite(grid, attempt, state)
-        hashed = task_hash(state.adapter, self._plan.hash(), self._plan.aggregation.scheme)
-        tally = Tally(
-            parameters=planned_session(
-                self._plan,
-                self._roster,
-                attempt,
-                task_hash=hashed,
-                dimension=dimension(self._layout),
-            ),
-            roster=self._roster,
+        parameters = planned_session(  # refuses a plan that does not fit before anybody trains
+            self._plan,
+            self._roster,
+            attempt,
+            task_hash=task_hash(state.adapter, self._plan.hash(), self._plan.aggregation.scheme),
+            dimension=dimension(self._layout),
         )
+        ready = self._invite(grid, attempt, state)
+        tally = Tally(parameters=parameters, roster=self._roster)
         todo = dict.fromkeys(ready, tally.request())
         for action, phase, add, close in (
             ("hello", Phase.KEYS, tally.add_hello, tally.close_hellos),

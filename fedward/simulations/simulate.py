@@ -19,7 +19,8 @@ from flwr.app import Message
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedward.aggregation.fixed_point import Grid, decode
+from fedward.aggregation.packing import unpack
+from fedward.aggregation.planned import planned_session
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.client.trainer import LocalTrainer, Trainer
@@ -44,6 +45,7 @@ from fedward.tuning.metrics import Metrics
 from fedward.tuning.prompts import input_text
 from fedward.tuning.records import Records, Row, select
 from fedward.tuning.tuned import tuned_model
+from fedward.tuning.vector import dimension
 
 _CURVE_RECORDS = 256
 _SEEN_BYTES, _SEEN_NUMBERS = 48, 8
@@ -193,7 +195,7 @@ class _Work:
                         f"round {attempt.round} tried again: {facts['reason']}", markup=False
                     )
                 elif phase is Phase.COMMITTED and isinstance(facts, Mapping):
-                    self._committed(facts)
+                    self._committed(attempt, facts)
                     self._show.update(task, completed=attempt.round)
 
             adapter = federation.run(observe)
@@ -223,9 +225,9 @@ class _Work:
         with contextlib.closing(RunStore(self._folder / "coordinator")) as store:
             done = [event for event in store.events(RUN) if event.phase is Phase.COMMITTED]
         for event in done[len(self._notes["cohorts"]) :]:
-            self._committed(json.loads(event.payload))
+            self._committed(event.attempt, json.loads(event.payload))
 
-    def _committed(self, facts: Mapping[str, Any]) -> None:
+    def _committed(self, attempt: Attempt, facts: Mapping[str, Any]) -> None:
         """After a round: evaluate for the curve, and keep what the report needs."""
         federation, notes = self._federation, self._notes
         if federation is None:
@@ -243,14 +245,16 @@ class _Work:
             notes["bytes_up"][name] += federation.grid.take_bytes_up(node)
             federation.grid.revive(node)
         if self._masked is not None:
-            grid = Grid(
-                clip=self._plan.aggregation.update_clip,
-                sites=len(federation.names),
-                word_bits=self._plan.aggregation.word_bits,
+            parameters = planned_session(
+                self._plan,
+                federation.roster,
+                attempt,
+                task_hash=bytes(32),
+                dimension=dimension(self._tuned.layout),
             )
-            words = np.frombuffer(self._blob(facts["sum"]), dtype=grid.dtype)
+            words = np.frombuffer(self._blob(facts["sum"]), dtype=parameters.grid.dtype)
             name, masked = self._masked
-            total = decode(words[:_SEEN_NUMBERS], grid).tolist()
+            total = unpack(words, parameters)[0][:_SEEN_NUMBERS].tolist()
             notes["seen"] = {"site": name, "masked": masked.hex(), "total": total}
         notes["seconds"] = self.before + time.monotonic() - self._began
         _write_atomically(self._folder / "progress.json", json.dumps(notes).encode())

@@ -19,10 +19,14 @@ ROSTER = make_roster((1, 2, 3, 4))
 PARAMETERS = make_parameters(
     ROSTER, slots=(Slot(name="loss", clip=4.0), Slot(name="units", clip=1e3)), noise=0.25
 )
+WEIGHED = make_parameters(ROSTER, weights=((1, 1.0), (2, 0.1), (4, 3.5)))
 
 
 def test_round_trip():
-    assert SessionParameters.from_bytes(PARAMETERS.to_bytes()) == PARAMETERS
+    for parameters in (PARAMETERS, WEIGHED):
+        assert SessionParameters.from_bytes(parameters.to_bytes()) == parameters
+    most = make_parameters(ROSTER, weights=tuple((2**32 - 1 - s, 0.1) for s in range(1023, -1, -1)))
+    assert SessionParameters.from_bytes(most.to_bytes()) == most, "the largest P is short enough"
 
 
 def test_only_integers_and_strings():
@@ -63,9 +67,13 @@ def test_every_field_is_needed_and_typed(name):
         PARAMETERS.to_bytes().replace(b'"bits":30', b'"bits":31'),
         PARAMETERS.to_bytes().replace(b'"proto":"secagg/1"', b'"proto":"secagg/0"'),
         PARAMETERS.to_bytes().replace(b'{"attempt"', b'{"a":1,"attempt"'),
+        PARAMETERS.to_bytes().replace(b'"uniform"', b"[]"),
+        PARAMETERS.to_bytes().replace(b'"uniform"', b'[[true,"0x1.0000000000000p+0"]]'),
+        PARAMETERS.to_bytes().replace(b'"uniform"', b'[[1,"0x1p+0"]]'),
+        PARAMETERS.to_bytes().replace(b'"uniform"', b'[[1,2,"0x1.0000000000000p+0"]]'),
         bytes(1 << 17),
     ],
-    ids=range(12),
+    ids=range(16),
 )
 def test_anything_else_is_refused(data):
     with pytest.raises(ProtocolError):
@@ -91,7 +99,13 @@ def test_noise(data):
         {"noise": float("nan")},
         {"noise": -1.0},
         {"deadline": 0},
-        {"weights": "size"},
+        {"weights": ((2, 1.0), (1, 1.0))},
+        {"weights": ((1, 1.0), (1, 1.0))},
+        {"weights": ((1, 0.0),)},
+        {"weights": ((1, float("nan")),)},
+        {"weights": ((True, 1.0),)},
+        {"weights": ((-1, 1.0),)},
+        {"weights": tuple((site, 1.0) for site in range(1025))},
         {"roster_hash": b""},
         {"task_hash": bytes(31)},
         {"slots": (Slot(name="a", clip=1.0),) * 2},
