@@ -210,6 +210,10 @@ class LocalTrainer:
         found = evaluate(model, self._encode(plan, self._held_out, held_out=True)[1])
         return Scores(loss=found.loss, accuracy=found.accuracy, macro_f1=found.macro_f1)
 
+    def adapter_bytes(self, plan: Plan) -> int:
+        """Size of every adapter of the plan's model: names, shapes and types decide it."""
+        return len(self._tuned(plan).start)
+
     def _tuned(self, plan: Plan) -> Tuned:
         """The plan's model, from where this site keeps it."""
         if self._model is not None:
