@@ -3,14 +3,15 @@
 Neighbours differ in one whole unit (add or remove one patient). A plan fixed before it starts is
 judged by Opacus's PRV accountant (Gopi et al. 2021, arXiv 2106.02848). Plans that were chosen after
 results had been seen are judged by a Rényi filter (Feldman and Zrnic 2021, arXiv 2008.11193),
-because numerical composition is only proven for parameters that were fixed in advance.
+because numerical composition is only proven for parameters that were fixed in advance. Noise that
+is shared among sites (:mod:`fedward.privacy.distributed`) has Rényi moments only.
 """
 
 import math
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +19,7 @@ from opacus.accountants import PRVAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 
 from fedward.errors import InvalidValue
+from fedward.privacy.distributed import SharedGaussian
 
 _GRID = 1000  # noise multipliers are whole thousandths
 _LARGEST = 100_000  # no noise multiplier is above this
@@ -27,7 +29,7 @@ _ORDERS = (*(x / 10 for x in range(11, 110)), *_KNOTS[14:])
 """Rényi orders that are tried."""
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
+@dataclass(frozen=True, kw_only=True)
 class SampledGaussian:
     """Steps of the Poisson-sampled Gaussian mechanism, all with the same public constants.
 
@@ -61,20 +63,21 @@ class SampledGaussian:
         )
 
 
-def merged(events: Sequence[SampledGaussian]) -> tuple[SampledGaussian, ...]:
-    """The same events with those of equal noise and rate added up, sorted, none of 0 steps."""
-    steps: dict[tuple[float, float], int] = {}
+Event = SampledGaussian | SharedGaussian
+"""What a mechanism released; immutable, and all that accounting ever looks at."""
+
+
+def merged(events: Sequence[Event]) -> tuple[Event, ...]:
+    """The same events with those of equal constants added up, sorted, none of 0 steps."""
+    steps: dict[Event, int] = {}
     for event in events:
-        key = (event.noise_multiplier, event.sampling_rate)
+        key = replace(event, steps=0)
         steps[key] = steps.get(key, 0) + event.steps
-    return tuple(
-        SampledGaussian(noise_multiplier=sigma, sampling_rate=rate, steps=n)
-        for (sigma, rate), n in sorted(steps.items())
-        if n > 0
-    )
+    order = sorted(steps, key=lambda event: (type(event).__name__, astuple(event)))
+    return tuple(replace(key, steps=steps[key]) for key in order if steps[key] > 0)
 
 
-def epsilon(events: Sequence[SampledGaussian], delta: float) -> float:
+def epsilon(events: Sequence[Event], delta: float) -> float:
     """Upper bound of epsilon for events whose constants were fixed before the first of them.
 
     Args:
@@ -82,7 +85,8 @@ def epsilon(events: Sequence[SampledGaussian], delta: float) -> float:
         delta: 0 < delta < 1.
 
     Returns:
-        Epsilon >= 0 by PRV accounting, about 0.01 above the truth; above 50 the looser Rényi bound.
+        Epsilon >= 0 by PRV accounting, about 0.01 above the truth; above 50, and with shared noise,
+        the looser Rényi bound.
 
     Guarantees:
         ======================  ==============
@@ -104,16 +108,17 @@ def _check_delta(delta: float) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(events: tuple[SampledGaussian, ...], delta: float) -> float:
+def _epsilon(events: tuple[Event, ...], delta: float) -> float:
     if not events:
         return 0.0
     if any(event.noise_multiplier == 0 for event in events):
         return math.inf
     bound = renyi_epsilon(events, delta)
-    if bound > _PRV_LIMIT:
+    sampled = [event for event in events if isinstance(event, SampledGaussian)]
+    if bound > _PRV_LIMIT or len(sampled) < len(events):
         return bound
     accountant = PRVAccountant()
-    accountant.history = [(e.noise_multiplier, e.sampling_rate, e.steps) for e in events]
+    accountant.history = [(e.noise_multiplier, e.sampling_rate, e.steps) for e in sampled]
     # ln(1 - rate) is -inf at rate 1, and exp overflows at the far ends of the grid: both are
     # limits that the formulas mean. The warnings tell that a helper bound could be tighter.
     with np.errstate(all="ignore"), warnings.catch_warnings():
@@ -190,7 +195,7 @@ def _between(low: int, high: int, cost: Callable[[int], float], target: float) -
     return min(max(math.ceil(low + (high - low) * share), low + 1), high - 1)
 
 
-def renyi_epsilon(events: Sequence[SampledGaussian], delta: float) -> float:
+def renyi_epsilon(events: Sequence[Event], delta: float) -> float:
     """Epsilon by Rényi accounting at its best order (Balle et al. 2020, arXiv 1905.09982, Thm 21).
 
     Looser than :func:`epsilon`, but each event may have been chosen after the earlier ones were
@@ -203,7 +208,7 @@ def renyi_epsilon(events: Sequence[SampledGaussian], delta: float) -> float:
     return max(0.0, min(map(_conversion, _ORDERS, loss, [delta] * len(_ORDERS))))
 
 
-def filter_order(first: Sequence[SampledGaussian], *, epsilon: float, delta: float) -> float:
+def filter_order(first: Sequence[Event], *, epsilon: float, delta: float) -> float:
     """The Rényi order at which a first plan (with noise) fits most often below a finite cap."""
     losses = zip(_ORDERS, _renyi(merged(first), _ORDERS), strict=True)
     budgets = [
@@ -213,8 +218,8 @@ def filter_order(first: Sequence[SampledGaussian], *, epsilon: float, delta: flo
 
 
 def admits(
-    history: Sequence[SampledGaussian],
-    new: Sequence[SampledGaussian],
+    history: Sequence[Event],
+    new: Sequence[Event],
     *,
     order: float,
     epsilon: float,
@@ -241,15 +246,28 @@ def admits(
     return _conversion(order, loss, delta) <= epsilon
 
 
-def _renyi(events: tuple[SampledGaussian, ...], orders: tuple[float, ...]) -> list[float]:
+def _renyi(events: tuple[Event, ...], orders: tuple[float, ...]) -> list[float]:
     """Total loss at each order. The moments are convex, so a chord bounds them from above."""
     if any(event.noise_multiplier == 0 for event in events):
         return [math.inf] * len(orders)
     moments = np.zeros(len(_KNOTS))
     for event in events:
-        moments += event.steps * np.array(_log_moments(event.noise_multiplier, event.sampling_rate))
+        moments += event.steps * np.array(_step_moments(event))
     chords = np.interp(orders, _KNOTS, moments)
     return [float(chord) / (order - 1) for chord, order in zip(chords, orders, strict=True)]
+
+
+def _step_moments(event: Event) -> tuple[float, ...]:
+    """``(order - 1) * loss`` of one step at every knot."""
+    if isinstance(event, SharedGaussian):
+        return _shared_moments(replace(event, steps=1))
+    return _log_moments(event.noise_multiplier, event.sampling_rate)
+
+
+@lru_cache(maxsize=256)
+def _shared_moments(step: SharedGaussian) -> tuple[float, ...]:
+    """Only whole orders are proven; below 2 the chord from order 1, where the moment is 0."""
+    return tuple((a - 1) * step.loss(max(2, int(a))) for a in _KNOTS)
 
 
 @lru_cache(maxsize=4096)

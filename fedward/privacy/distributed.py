@@ -8,7 +8,7 @@ moments at integer orders are: ``docs/distributed-noise.md`` derives each formul
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedward.errors import InvalidValue
 
@@ -85,6 +85,10 @@ class SharedGaussian:
         for key, value, holds, allowed in checks:
             if not holds:
                 raise InvalidValue(key, value, allowed)
+
+    def times(self, n: int) -> "SharedGaussian":
+        """The event of doing this ``n`` times."""
+        return replace(self, steps=self.steps * n)
 
     @property
     def sensitivity(self) -> float:
