@@ -1,0 +1,143 @@
+"""What the coordinator's public port lets through: the calls that a site needs, and enrolment.
+
+Flower serves its control and runtime APIs on the same application as the one for sites, reads whole
+bodies before it authenticates, and sets no limit to them. This wrapper stands before it: a closed
+list of paths, a body limit, a rate limit for each address. Everything else gets a bare status.
+"""
+
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from fedward.enrolment import ENROL_PATH, ROSTER_PATH
+from fedward.server.enrolment import AsgiApp, Receive, Scope, Send
+
+FLEET_PATHS = frozenset(
+    f"/v1/fleet/{call}"
+    for call in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+"""All of Flower that the public port shows: no registration, no run data, no code bundles."""
+
+MAX_BODY = 8 << 20
+"""Most bytes of a request; Flower sends arrays in pieces of 5 MB."""
+
+_RATE, _BURST = 200.0, 1000.0
+_MOST_ADDRESSES = 10_000
+
+
+class Front:
+    """The ASGI application of the public port.
+
+    Args:
+        flower: Flower's SuperLink application.
+        enrolment: Answers strangers who enrol and members who ask for the roster.
+        clock: Seconds, for the rate limit.
+
+    Guarantees: nothing but :data:`FLEET_PATHS` and enrolment reaches an application over HTTP, and
+    no body above :data:`MAX_BODY` or of unannounced length.
+    """
+
+    def __init__(
+        self,
+        flower: AsgiApp,
+        enrolment: AsgiApp,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._flower, self._enrolment, self._clock = flower, enrolment, clock
+        self._tokens: dict[str, tuple[float, float]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI connection."""
+        if scope["type"] == "lifespan":
+            await self._flower(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        target, status = self._admit(scope)
+        if target is None:
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        await target(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> tuple[AsgiApp | None, int]:
+        """The application for a request, or the status that refuses it."""
+        if not self._within_rate(scope):
+            return None, 429
+        if scope["path"] in FLEET_PATHS:
+            target = self._flower
+        elif scope["path"] in {ENROL_PATH, ROSTER_PATH}:
+            target = self._enrolment
+        else:
+            return None, 404
+        if scope["method"] != "POST":
+            return None, 404
+        lengths = [v for k, v in scope["headers"] if k.lower() == b"content-length"]
+        if len(lengths) != 1 or not lengths[0].isdigit():
+            return None, 411
+        if int(lengths[0]) > MAX_BODY:
+            return None, 413
+        return target, 200
+
+    def _within_rate(self, scope: Scope) -> bool:
+        """Token bucket of the client's address: 200 requests a second, 1000 at once."""
+        address = (scope.get("client") or ("",))[0]
+        now = self._clock()
+        left, last = self._tokens.pop(address, (_BURST, now))
+        left = min(_BURST, left + (now - last) * _RATE)
+        if len(self._tokens) >= _MOST_ADDRESSES:
+            self._tokens.pop(next(iter(self._tokens)))  # the one that was silent longest
+        self._tokens[address] = (max(0.0, left - 1), now)
+        return left >= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """The public port.
+
+    Args:
+        host: Address to bind.
+        port: 0 to 65535; 0 takes a free one.
+        certificate: The server certificate (PEM file).
+        key: Its private key (PEM file).
+    """
+
+    host: str
+    port: int
+    certificate: Path
+    key: Path
+
+
+def front_server(front: Front, listener: Listener) -> uvicorn.Server:
+    """The server of the public port; its ``run()`` serves until SIGTERM or SIGINT."""
+    config = uvicorn.Config(
+        front,
+        host=listener.host,
+        port=listener.port,
+        ssl_certfile=listener.certificate,
+        ssl_keyfile=listener.key,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=1000,
+        timeout_keep_alive=75,  # longer than a site's longest pause, so that TLS stays up
+        timeout_graceful_shutdown=3,
+    )
+    config.load()
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+    return uvicorn.Server(config)

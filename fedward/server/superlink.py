@@ -1,0 +1,375 @@
+"""Flower's SuperLink as the coordinator's mail office: the only module that touches its internals.
+
+Two processes share Flower's database file. The *link* answers sites on the public port
+(:func:`flower_app` behind :mod:`fedward.server.front`). The *round engine* puts messages into the
+database and takes replies from it (:class:`LinkGrid`), through Flower's own ``LinkState``. So
+Flower's control and runtime APIs are served nowhere, and either process may be killed at any
+instant (docs/adr/0007).
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.app import Error, Message, RecordDict
+from flwr.app.message.message import make_message, remove_content_from_message
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode
+from flwr.server.superlink.linkstate import LinkState
+from flwr.serverapp import Grid
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import (
+    SuperLinkLifespanConfig,
+    get_federation_manager,
+    get_objectstore_linkstate_factories,
+)
+from flwr.superlink.main import create_app
+from google.protobuf.message import DecodeError
+from sqlalchemy.exc import OperationalError
+
+from fedward.errors import IdentityError, RoundError
+from fedward.server.enrolment import AsgiApp
+
+_LOG = logging.getLogger(__name__)
+
+GRACE_SECONDS = 20.0
+"""How long a site may be away in the middle of an exchange before it counts as gone."""
+
+_DELIVERIES = 3
+_BEAT_SECONDS = 10.0
+_BUSY_WAITS = (0.2, 0.5, 1.0, 2.0)
+
+_MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    DecodeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What Flower raises when it reads bytes that a site made up."""
+
+T = TypeVar("T")
+
+
+def flower_app(database: Path) -> AsgiApp:
+    """Flower's SuperLink application over a database file, with node authentication."""
+    config = SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host="127.0.0.1",
+        port=0,
+        insecure=False,
+        certificates=None,
+        superexec_auth_secret=os.urandom(32),  # nobody has it, and no route asks for it
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type="grpc-rere",
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=str(database),
+        isolation="process",
+        runtime_dependency_install=False,
+    )
+    return create_app(config, SuperLinkLifespan)
+
+
+def open_state(database: Path) -> LinkState:
+    """Open, or make, Flower's database."""
+    _, factory = get_objectstore_linkstate_factories(
+        str(database), get_federation_manager(is_simulation=False)
+    )
+    return factory.state()
+
+
+def admit_nodes(state: LinkState, keys: Mapping[int, str]) -> dict[int, int]:
+    """Make Flower's nodes those of the roster: admit new keys, shut out all that are not in it.
+
+    Args:
+        state: Flower's database.
+        keys: Site id → its node key, OpenSSH text.
+
+    Returns:
+        Site id → Flower's node id.
+    """
+    wanted = {site: _flower_key(key) for site, key in keys.items()}
+    known = {
+        node.public_key: node.node_id
+        for node in state.get_node_info()
+        if node.status != NodeStatus.UNREGISTERED
+    }
+    for key in known.keys() - set(wanted.values()):
+        state.delete_node(NOOP_FLWR_AID, known[key])
+    for key in set(wanted.values()) - known.keys():
+        with contextlib.suppress(ValueError):  # the other process was faster
+            state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
+    nodes = {site: state.get_node_id_by_public_key(key) for site, key in wanted.items()}
+    return {site: node for site, node in nodes.items() if node is not None}
+
+
+def _flower_key(text: str) -> bytes:
+    """A node key as Flower keeps it."""
+    key = load_ssh_public_key(text.encode())
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise IdentityError("a node key must be an EC P-384 key")
+    return public_key_to_bytes(key)
+
+
+@dataclass
+class _Pending:
+    """A message on its way: what was sent, since when its site is away, its reply's header."""
+
+    message: Message
+    activation: str
+    away_since: float | None = None
+    reply: Message | None = None
+    deliveries: int = 1
+
+
+class LinkGrid(Grid):
+    """A Flower ``Grid`` over the SuperLink's database, for the process of the round engine.
+
+    A site that went away and came back in the middle of an exchange gets its message again (Flower
+    delivers once); one that is away for longer than ``grace`` counts as unavailable.
+
+    Args:
+        state: Flower's database.
+        grace: Seconds.
+
+    Raises:
+        RoundError: Flower refuses to open a run.
+    """
+
+    def __init__(self, state: LinkState, *, grace: float = GRACE_SECONDS) -> None:
+        self._state, self._grace = state, grace
+        self._pending: dict[str, _Pending] = {}
+        self._closed = threading.Event()
+        self._run, self._task = _open_run(state)
+        TaskIdentity.run_id, TaskIdentity.task_id = self._run.run_id, self._task
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        self._beat = threading.Thread(target=self._keep_alive, name="link-beat", daemon=True)
+        self._beat.start()
+
+    def close(self) -> None:
+        """End the Flower run: sites drop what they still wanted to say to it."""
+        self._closed.set()
+        self._beat.join()
+        self._state.stop_run(self._run.run_id)
+
+    def _keep_alive(self) -> None:
+        while not self._closed.wait(_BEAT_SECONDS):
+            with contextlib.suppress(OperationalError):  # busy: there are five more chances
+                self._state.acknowledge_task_heartbeat(self._task)
+
+    def set_run(self, run: Run) -> None:
+        """Nothing: the grid opens its own run."""
+
+    @property
+    def run(self) -> Run:
+        """The Flower run of this grid; ours are named in the letters."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Make a message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes that are online."""
+        return self._state.get_nodes(self._run.run_id)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Put messages into the database; returns the ids under which replies will be found."""
+        activations = self._activations()
+        ids = []
+        for message in messages:
+            number = message.object_id
+            message.metadata.__dict__["_message_id"] = number
+            activation = activations.get(message.metadata.dst_node_id, "")
+            self._pending[number] = pending = _Pending(message=message, activation=activation)
+            self._store(pending)
+            ids.append(number)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Take the replies that are whole; a site that is gone gives Flower's error."""
+        asked = {number: self._pending[number] for number in message_ids}
+        self._look(asked)
+        self._redeliver(asked)
+        found = list[Message]()
+        for number, pending in asked.items():
+            whole = None if pending.reply is None else self._whole(pending.reply)
+            if whole is not None:
+                found.append(whole)
+                del self._pending[number]
+                _retry_busy(partial(self._clean, number, whole.metadata.message_id))
+        return found
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push, then pull until every reply is there or the time is over."""
+        waiting = set(self.push_messages(messages))
+        end, found = time.monotonic() + (timeout or 1e9), list[Message]()
+        while waiting and time.monotonic() < end:
+            replies = list(self.pull_messages(waiting))
+            waiting -= {reply.metadata.reply_to_message_id for reply in replies}
+            found += replies
+            time.sleep(0.1)
+        return found
+
+    def _store(self, pending: _Pending) -> None:
+        """Put a message and its objects into the database, as Flower's runtime API would."""
+        state, run, message = self._state, self._run.run_id, pending.message
+
+        def store() -> bool:
+            session = state.start_session(run)
+            stored, missing = state.store_message_and_object_tree(
+                remove_content_from_message(message), get_object_tree(message), session
+            )
+            for number, item in get_all_nested_objects(message).items():
+                if stored and number in missing:
+                    state.store_object(run, session, number, item.deflate())
+            return stored
+
+        with no_object_id_recompute():
+            if not _retry_busy(store):  # its site is revoked
+                pending.reply = Message(Error(ErrorCode.NODE_UNAVAILABLE), reply_to=message)
+
+    def _activations(self) -> dict[int, str]:
+        """When each node last said hello."""
+        return {node.node_id: node.last_activated_at for node in self._state.get_node_info()}
+
+    def _look(self, asked: Mapping[str, _Pending]) -> None:
+        """Note the replies that Flower has, and since when it misses a site."""
+        waiting = {number for number, pending in asked.items() if pending.reply is None}
+        take = partial(self._state.get_message_res, run_id=self._run.run_id)
+        replies = _retry_busy(lambda: take(set(waiting)))
+        now, away = time.monotonic(), set[str]()
+        for reply in replies:
+            number = reply.metadata.reply_to_message_id
+            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                away.add(number)
+                asked[number].away_since = since = asked[number].away_since or now
+                self._state.object_store.delete(reply.metadata.message_id)  # made at every look
+                if now - since < self._grace:
+                    continue
+            asked[number].reply = reply
+        for number in waiting - away:
+            asked[number].away_since = None
+
+    def _redeliver(self, asked: Mapping[str, _Pending]) -> None:
+        """Send again what a site that started anew has lost: it answers the same letter alike."""
+        activations = self._activations()
+        for number, pending in asked.items():
+            now = activations.get(pending.message.metadata.dst_node_id, "")
+            if pending.reply is None and now != pending.activation:
+                pending.activation = now
+                pending.deliveries += 1
+                if pending.deliveries <= _DELIVERIES:
+                    self._state.delete_messages({number})
+                    self._store(pending)
+
+    def _whole(self, header: Message) -> Message | None:
+        """The reply with its content, once every object of it has arrived."""
+        state, number = self._state, header.metadata.message_id
+        if header.metadata.src_node_id == SUPERLINK_NODE_ID:
+            return header  # Flower's own word that there will be no reply
+        try:
+            tree = state.object_store.get_object_tree(number)
+        except NoObjectInStoreError:
+            return _lost(header)
+        contents = dict[str, bytes]()
+        for node in iterate_object_tree(tree):
+            content = state.get_object(self._run.run_id, node.object_id)
+            if content == b"":
+                return None
+            if content is None:
+                return _lost(header)
+            contents[node.object_id] = content
+        if header.has_error():
+            return header
+        try:
+            message = inflate_object_from_contents(number, contents)
+        except _MALFORMED:
+            return _lost(header)
+        if not isinstance(message, Message) or not message.has_content():
+            return _lost(header)
+        # The header is the database's, because the site wrote the other one.
+        return make_message(header.metadata, content=message.content)
+
+    def _clean(self, *numbers: str) -> None:
+        """Remove a message and its reply with everything that belongs to them."""
+        for number in numbers:
+            self._state.object_store.delete(number)
+        self._state.delete_messages(set(numbers))
+
+
+def _open_run(state: LinkState) -> tuple[Run, int]:
+    """Open a Flower run of this process alone, and end those that a killed one left open."""
+    for old in state.get_run_info(statuses=["pending", "starting", "running"]):
+        state.stop_run(old.run_id)
+    number = state.create_run(
+        None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+    )
+    runs = state.get_run_info(run_ids=[number])
+    tasks = state.get_tasks(run_ids=[number])
+    if not runs or not tasks:
+        raise RoundError("Flower opens no run: its database cannot be used")
+    (task,) = tasks
+    if state.claim_task(task.task_id) is None or not state.activate_task(task.task_id):
+        raise RoundError("Flower does not start its run: its database cannot be used")
+    return runs[0], task.task_id
+
+
+def _lost(header: Message) -> Message:
+    """Flower's error for a reply whose content never came, or is none."""
+    error = Error(ErrorCode.MESSAGE_UNAVAILABLE, "the reply's content is not there")
+    return make_message(header.metadata, error=error)
+
+
+def _retry_busy(action: Callable[[], T]) -> T:
+    """Do something with the database that the other process may be writing to."""
+    for wait in _BUSY_WAITS:
+        try:
+            return action()
+        except OperationalError as error:
+            _LOG.info("Flower's database is busy: %s", type(error.orig).__name__)
+            time.sleep(wait)
+    return action()
