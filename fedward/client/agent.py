@@ -26,9 +26,8 @@ from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.transcript import Outcome, task_hash
 from fedward.attempt import Attempt
 from fedward.client.memory import SiteMemory
-from fedward.client.metric_slots import metric_event
 from fedward.client.policy import Policy
-from fedward.client.trainer import Trainer, TrainRequest, TrainResult, training_event
+from fedward.client.trainer import Trainer, TrainRequest, TrainResult
 from fedward.errors import (
     BudgetExceeded,
     ConfigurationError,
@@ -47,6 +46,7 @@ from fedward.messages import Letter, Line, Receipt, open_letter, seal_letter
 from fedward.plan import Plan, from_json
 from fedward.privacy.ledger import Ledger
 from fedward.privacy.noise import SecureStream
+from fedward.privacy.planned import metric_event, training_event
 from fedward.tuning.vector import (
     Layout,
     dimension,

@@ -11,25 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedward.plan import Plan
-from fedward.privacy.accounting import SampledGaussian, noise_multiplier
 from fedward.privacy.noise import SecureStream
+from fedward.privacy.planned import metric_event
 from fedward.tuning.metrics import Metrics
-
-
-def metric_event(plan: Plan) -> SampledGaussian | None:
-    """What one round's metrics cost a held-out unit; None where the plan asks for none."""
-    if plan.metrics is None:
-        return None
-    rounds = plan.rounds.count + plan.rounds.spare
-    sigma = 0.0
-    if plan.privacy.enabled:
-        sigma = noise_multiplier(
-            epsilon=plan.metrics.epsilon,
-            delta=plan.privacy.delta,
-            sampling_rate=1.0,
-            steps=rounds,
-        )
-    return SampledGaussian(noise_multiplier=sigma, sampling_rate=1.0, steps=1)
 
 
 def metric_slots(

@@ -24,9 +24,9 @@ from fedward.canonical import digest
 from fedward.client.metric_slots import metric_slots
 from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.plan import Plan
-from fedward.privacy.accounting import SampledGaussian, noise_multiplier
 from fedward.privacy.noise import SecureStream
 from fedward.privacy.optimizer import Mechanism
+from fedward.privacy.planned import training_event
 from fedward.privacy.training import train_steps
 from fedward.tuning.adapter import flatten, from_bytes, load_adapter
 from fedward.tuning.metrics import evaluate
@@ -273,22 +273,6 @@ def mechanism(plan: Plan, *, normaliser: float | None = None) -> Mechanism:
         clip=privacy.clip if privacy.enabled else math.inf,
         noise_multiplier=training_event(plan).noise_multiplier,
         records_per_unit=privacy.records_per_unit,
-    )
-
-
-def training_event(plan: Plan) -> SampledGaussian:
-    """What one round's training costs a unit at a site."""
-    rounds, privacy = plan.rounds, plan.privacy
-    sigma = 0.0
-    if privacy.enabled:
-        sigma = noise_multiplier(
-            epsilon=privacy.epsilon,
-            delta=privacy.delta,
-            sampling_rate=rounds.sampling_rate,
-            steps=(rounds.count + rounds.spare) * rounds.steps,
-        )
-    return SampledGaussian(
-        noise_multiplier=sigma, sampling_rate=rounds.sampling_rate, steps=rounds.steps
     )
 
 

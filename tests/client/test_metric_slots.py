@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from fedward.client.metric_slots import metric_event, metric_slots
+from fedward.client.metric_slots import metric_slots
 from fedward.plan import Metrics as MetricsPlan
 from fedward.plan import Model, Plan, Privacy
 from fedward.privacy.accounting import epsilon
 from fedward.privacy.noise import SecureStream
+from fedward.privacy.planned import metric_event
 from fedward.tuning.metrics import Metrics
 from tests.simulations import tiny
 

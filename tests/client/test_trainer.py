@@ -11,11 +11,12 @@ import torch
 
 from fedward.attempt import Attempt
 from fedward.client import trainer as module
-from fedward.client.trainer import LocalTrainer, TrainRequest, mechanism, training_event
+from fedward.client.trainer import LocalTrainer, TrainRequest, mechanism
 from fedward.errors import DataError, ModelError
 from fedward.plan import Metrics, Plan, Privacy
 from fedward.privacy.accounting import epsilon
 from fedward.privacy.noise import SecureStream
+from fedward.privacy.planned import training_event
 from fedward.tuning.adapter import flatten, from_bytes, load_adapter
 from fedward.tuning.objectives import encode, loss_per_example
 from fedward.tuning.records import Records, group
