@@ -1,17 +1,42 @@
 """The site's own limits. The site's word is the last: what its policy refuses is not trained."""
 
+import dataclasses
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 
 from fedward import typed_toml
+from fedward.canonical import canonical_json, digest
+from fedward.client.hours import parse_window
 from fedward.errors import InvalidValue, PolicyRefusal
 from fedward.plan import Plan
+
+EMBEDDINGS = (
+    "embed_in",
+    "embed_out",
+    "embed_positions",
+    "embed_tokens",
+    "embeddings",
+    "lm_head",
+    "position_embeddings",
+    "tok_embeddings",
+    "token_type_embeddings",
+    "word_embeddings",
+    "wpe",
+    "wte",
+)
+"""Token embeddings and output layers by the names that models give them: a trained row tells which
+words occur in the notes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """What a site allows; read from TOML, without defaults that allow anything.
+
+    A range is a list of two numbers, both allowed; left out, the plan's own limits hold.
 
     Args:
         max_epsilon: Most that one patient may ever lose here, over all runs, > 0; ``inf`` only in
@@ -21,10 +46,28 @@ class Policy:
         models: SHA-256 digests of the base models that may be trained.
         modes: Accepted modes of training together.
         objectives: Accepted objectives.
+        methods: Accepted PEFT methods.
+        frozen: Names of modules that no plan may train.
+        heads: The only modules that a plan may train whole (``modules_to_save``).
+        datasets: Names of the data sources that may be trained on; with several, each approval
+            names one.
         minimum: Fewest sites in a sum, at least 3.
         colluders: Colluding sites that the plan must allow for, 0 or more.
-        approved: Hex hashes of approved plans; empty with ``automatic``.
+        clip: Range of the plan's ``clip``.
+        normaliser: Range of the plan's ``normaliser``.
+        learning_rate: Range of the plan's ``learning_rate``.
+        update_clip: Range of the plan's ``update_clip``.
+        max_steps: Most local steps a round, at least 1.
+        max_length: Most tokens of an example, at least 8.
+        gpu_memory: Most GiB of GPU memory that the trainer takes, above 0.
+        hours: Windows of local time in which a round may start, like ``mon-fri 20:00-06:00``;
+            empty: always.
+        signers: Ed25519 keys (hex); one of them must have signed a plan at its approval. Empty: the
+            coordinator's signature is enough.
+        permit: The permit under which the site takes part, written into the journal.
+        permit_until: Last day of the permit, ``YYYY-MM-DD``; afterwards nothing is trained.
         automatic: Whether a plan within these limits needs no approval of its own.
+        automatic_roster: Whether a newer roster that the coordinator signed needs no approval.
     """
 
     max_epsilon: float
@@ -33,10 +76,25 @@ class Policy:
     models: tuple[str, ...]
     modes: tuple[str, ...] = ("local",)
     objectives: tuple[str, ...] = ("sft", "classify")
+    methods: tuple[str, ...] = ("lora",)
+    frozen: tuple[str, ...] = EMBEDDINGS
+    heads: tuple[str, ...] = ("score", "classifier")
+    datasets: tuple[str, ...] = ()
     minimum: int = 3
     colluders: int = 0
-    approved: tuple[str, ...] = ()
+    clip: tuple[float, ...] = (0.0, math.inf)
+    normaliser: tuple[float, ...] = (0.0, math.inf)
+    learning_rate: tuple[float, ...] = (0.0, math.inf)
+    update_clip: tuple[float, ...] = (0.0, math.inf)
+    max_steps: int = 10000
+    max_length: int = 131072
+    gpu_memory: float | None = None
+    hours: tuple[str, ...] = ()
+    signers: tuple[str, ...] = ()
+    permit: str | None = None
+    permit_until: str | None = None
     automatic: bool = False
+    automatic_roster: bool = False
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -44,25 +102,55 @@ class Policy:
             raise InvalidValue("max_epsilon", self.max_epsilon, "a number above 0")
         if not 0 < self.delta < 0.1:
             raise InvalidValue("delta", self.delta, "above 0 and below 0.1")
-        for key, value, low in (
-            ("max_rounds", self.max_rounds, 1),
-            ("minimum", self.minimum, 3),
-            ("colluders", self.colluders, 0),
-        ):
-            if value < low:
-                raise InvalidValue(key, value, f"at least {low}")
+        if self.gpu_memory is not None and not self.gpu_memory > 0:
+            raise InvalidValue("gpu_memory", self.gpu_memory, "GiB above 0")
+        lowest = {"max_rounds": 1, "minimum": 3, "colluders": 0, "max_steps": 1, "max_length": 8}
+        for key, low in lowest.items():
+            if vars(self)[key] < low:
+                raise InvalidValue(key, vars(self)[key], f"at least {low}")
+        self._check_lists()
 
-    def check(self, plan: Plan) -> None:
-        """Compare a plan with every limit.
+    def _check_lists(self) -> None:
+        for key in ("clip", "normaliser", "learning_rate", "update_clip"):
+            bounds = vars(self)[key]
+            if len(bounds) != 2 or not bounds[0] <= bounds[1]:
+                raise InvalidValue(key, list(bounds), "two numbers, the smaller first")
+        for key in ("models", "signers"):
+            for item in vars(self)[key]:
+                if not re.fullmatch("[0-9a-f]{64}", item):
+                    raise InvalidValue(key, item, "64 lower-case hex digits")
+        for window in self.hours:
+            parse_window(window)
+        if self.permit_until is not None:
+            _day(self.permit_until)
+
+    def hash(self) -> bytes:
+        """32 bytes that an approval binds: any change of the policy asks for a new one."""
+        return digest("policy", canonical_json(dataclasses.asdict(self)))
+
+    def check(self, plan: Plan, now: datetime | None = None) -> None:
+        """Compare a plan with every limit; approval is :class:`~fedward.client.approval.Consent`'s.
+
+        Args:
+            plan: The plan.
+            now: Local time; the clock's where it is left out.
 
         Raises:
             PolicyRefusal: With every reason at once.
         """
-        reasons = list(self._reasons(plan))
+        reasons = list(self.reasons(plan, now))
         if reasons:
             raise PolicyRefusal(reasons)
 
-    def _reasons(self, plan: Plan) -> Iterator[str]:
+    def reasons(self, plan: Plan, now: datetime | None = None) -> Iterator[str]:
+        """Every reason against a plan, each a sentence."""
+        now = datetime.now().astimezone() if now is None else now
+        yield from self._spending(plan)
+        yield from self._training(plan)
+        yield from self._trained_modules(plan)
+        yield from self._time(now)
+
+    def _spending(self, plan: Plan) -> Iterator[str]:
         privacy, rounds, cohort = plan.privacy, plan.rounds, plan.cohort
         epsilon = privacy.epsilon + (plan.metrics.epsilon if plan.metrics else 0.0)
         if epsilon > self.max_epsilon:
@@ -72,18 +160,70 @@ class Policy:
         if rounds.count + rounds.spare > self.max_rounds:
             total = rounds.count + rounds.spare
             yield f"{total} rounds with spares are above max_rounds = {self.max_rounds}"
-        if plan.model.sha256 not in self.models:
-            yield f"the base model {plan.model.sha256} is not in models"
-        if plan.mode not in self.modes:
-            yield f"mode {plan.mode!r} is not in modes"
-        if plan.task.objective not in self.objectives:
-            yield f"objective {plan.task.objective!r} is not in objectives"
         if cohort.minimum < self.minimum:
             yield f"a cohort of {cohort.minimum} is below minimum = {self.minimum}"
         if cohort.colluders < self.colluders:
             yield f"{cohort.colluders} colluders are below colluders = {self.colluders}"
-        if not self.automatic and plan.hash().hex() not in self.approved:
-            yield f"plan {plan.hash().hex()} is not in approved, and automatic is off"
+
+    def _training(self, plan: Plan) -> Iterator[str]:
+        if plan.model.sha256 not in self.models:
+            yield f"the base model {plan.model.sha256} is not in models"
+        for name, value, allowed in (
+            ("mode", plan.mode, self.modes),
+            ("objective", plan.task.objective, self.objectives),
+            ("method", plan.tuner.method, self.methods),
+        ):
+            if value not in allowed:
+                yield f"{name} {value!r} is not in {name}s"
+        for key, number in (
+            ("clip", plan.privacy.clip),
+            ("normaliser", plan.rounds.normaliser),
+            ("learning_rate", plan.rounds.learning_rate),
+            ("update_clip", plan.aggregation.update_clip),
+        ):
+            low, high = vars(self)[key]
+            if not low <= number <= high:
+                yield f"{key} {number:g} is not in {low:g} to {high:g}"
+        if plan.rounds.steps > self.max_steps:
+            yield f"{plan.rounds.steps} steps a round are above max_steps = {self.max_steps}"
+        if plan.task.max_length > self.max_length:
+            yield f"{plan.task.max_length} tokens are above max_length = {self.max_length}"
+
+    def _trained_modules(self, plan: Plan) -> Iterator[str]:
+        """What the plan would train, as far as its words tell; the trainer checks the model too."""
+        given = plan.tuner.arguments
+        targets = given.get("target_modules", "all-linear")
+        if isinstance(targets, str) and targets != "all-linear":
+            yield "target_modules is a pattern; expected a list of names, or 'all-linear'"
+        named = [] if isinstance(targets, str) else _names(targets)
+        for name in [*named, *_names(given.get("target_parameters"))]:
+            if set(name.split(".")) & set(self.frozen):
+                yield f"it would train {name!r}, which is in frozen"
+        for name in _names(given.get("modules_to_save")):
+            if name.rpartition(".")[2] not in self.heads:
+                yield f"it would train {name!r} whole, which is not in heads"
+        if given.get("trainable_token_indices") and self.frozen:
+            yield "it would train token embeddings (trainable_token_indices)"
+
+    def _time(self, now: datetime) -> Iterator[str]:
+        if self.hours and not any(parse_window(text).contains(now) for text in self.hours):
+            yield f"it is {now:%a %H:%M} here, outside of hours = {', '.join(self.hours)}"
+        if self.permit_until is not None and now.date() > _day(self.permit_until):
+            yield f"the permit {self.permit or ''} ended on {self.permit_until}"
+
+
+def _names(value: object) -> list[str]:
+    """PEFT takes one name, a list of them, or nothing; another value is refused by name."""
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise InvalidValue("permit_until", text, "a day as YYYY-MM-DD") from error
 
 
 def load_policy(path: Path) -> Policy:
