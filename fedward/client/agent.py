@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import RecordDict
 
+from fedward.aggregation.complaints import Complaint
 from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import pack, unpack, weighed
@@ -25,19 +26,18 @@ from fedward.aggregation.schemes import next_vector
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.transcript import Outcome, task_hash
 from fedward.attempt import Attempt
+from fedward.canonical import Json
+from fedward.client.approval import Consent
+from fedward.client.codes import LIBRARY_ERRORS, code_of, reason_of, safe_repr
+from fedward.client.journal import Journal, answer_facts, reservation_facts
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import Policy
 from fedward.client.trainer import Trainer, TrainRequest, TrainResult
 from fedward.errors import (
-    BudgetExceeded,
-    ConfigurationError,
-    DataError,
     FedwardError,
     IdentityError,
     LedgerError,
     LedgerRolledBack,
-    ModelError,
-    PolicyRefusal,
     ProtocolError,
     SiteCode,
 )
@@ -56,32 +56,6 @@ from fedward.tuning.vector import (
 )
 
 _LOG = logging.getLogger(__name__)
-
-_CODES: dict[type[Exception], SiteCode] = {
-    ConfigurationError: SiteCode.REFUSED_PLAN,
-    PolicyRefusal: SiteCode.REFUSED_POLICY,
-    BudgetExceeded: SiteCode.REFUSED_BUDGET,
-    LedgerRolledBack: SiteCode.REFUSED_LEDGER,
-    LedgerError: SiteCode.REFUSED_BUDGET,
-    DataError: SiteCode.DATA_UNUSABLE,
-    ModelError: SiteCode.TRAINING_FAILED,
-    ProtocolError: SiteCode.PROTOCOL_ABORTED,
-    IdentityError: SiteCode.PROTOCOL_ABORTED,
-}
-"""What the coordinator is told of an error: a code, never its text."""
-
-_LIBRARY_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What libraries below the trainer raise; everything else is a bug and stops the site."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +90,9 @@ class Agent:
         ledger: The site's privacy ledger.
         memory: What the site must remember about sessions.
         trainer: The process that holds data and model.
+        consent: The policy with the site's approvals; left out, the policy alone, as simulations
+            have it.
+        journal: The site's audit log; simulations may do without.
         key: 32 secret bytes from which rounding derives; only tests and simulations fix it.
     """
 
@@ -129,6 +106,8 @@ class Agent:
         ledger: Ledger,
         memory: SiteMemory,
         trainer: Trainer,
+        consent: Consent | None = None,
+        journal: Journal | None = None,
         key: bytes | None = None,
     ) -> None:
         if roster.key(site) != identity.public_key:
@@ -136,6 +115,7 @@ class Agent:
         self._site, self._identity, self._roster = site, identity, roster
         self._policy, self._ledger, self._memory = policy, ledger, memory
         self._trainer, self._secret = trainer, SecureStream(key)
+        self._consent, self._journal = consent or Consent(policy), journal
         self._work: _Work | None = None
         self._model: _Model | None = None
         self._answers: dict[str, tuple[bytes, RecordDict]] = {}
@@ -152,14 +132,23 @@ class Agent:
         Raises:
             IdentityError: The letter is not the coordinator's, or not for this site.
         """
-        letter = open_letter(records, self._roster.coordinator, "coordinator")
-        if letter.site != self._site:
-            raise IdentityError(f"a letter for site {letter.site} came to site {self._site}")
+        try:
+            letter = open_letter(records, self._roster.coordinator, "coordinator")
+            if letter.site != self._site:
+                raise IdentityError(f"a letter for site {letter.site} came to site {self._site}")
+        except IdentityError as error:
+            self._note("no letter for us", {"reason": reason_of(error)})
+            raise
         asked = hashlib.sha256(letter.header()).digest()
         known = self._answers.get(letter.action)
         if known is not None and known[0] == asked:
             return known[1]
         code, parts = self._act(letter)
+        try:
+            self._note("answered", answer_facts(letter, code, parts))
+        except LedgerError as error:  # what is not in the journal does not leave
+            _LOG.warning("round %d: %s", letter.attempt.round, error)
+            code, parts = code_of(error), {}
         reply = Letter(
             action=letter.action,
             attempt=letter.attempt,
@@ -182,14 +171,22 @@ class Agent:
             if letter.action == "evaluate":
                 return self._evaluate(letter), {}
             return SiteCode.DONE, self._exchange(letter)
-        except FedwardError as error:
-            code = next((c for kind, c in _CODES.items() if isinstance(error, kind)), None)
-            _LOG.warning("round %d: %s: %s", letter.attempt.round, letter.action, error)
-            return code or SiteCode.INTERNAL, {}
-        except _LIBRARY_ERRORS as error:
-            # Half of all library messages quote the record that they choke on.
-            _LOG.warning("round %d: %s", letter.attempt.round, type(error).__name__)
-            return SiteCode.TRAINING_FAILED, {}
+        except (FedwardError, *LIBRARY_ERRORS) as error:
+            words = str(error) if isinstance(error, FedwardError) else safe_repr(error)
+            _LOG.warning("round %d: %s: %s", letter.attempt.round, letter.action, words)
+            return self._refuse(letter, error), {}
+
+    def _refuse(self, letter: Letter, error: Exception) -> SiteCode:
+        """The code of an error, whose words stay in the site's journal."""
+        try:
+            self._note("refused", {"action": letter.action, "reason": reason_of(error)})
+        except LedgerError as broken:
+            return code_of(broken)
+        return code_of(error)
+
+    def _note(self, what: str, facts: Mapping[str, Json]) -> None:
+        if self._journal is not None:
+            self._journal.record(what, facts)
 
     def _check_receipt(self, letter: Letter) -> None:
         """Refuse to go on with a ledger that is behind what the coordinator has seen of it."""
@@ -221,7 +218,7 @@ class Agent:
         newest = self._memory.newest(attempt.run)
         if newest is not None and attempt.order <= newest:
             return SiteCode.REFUSED_STALE
-        self._policy.check(plan)
+        approval = self._consent.check(plan)
         if attempt.round > plan.rounds.count:
             raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
         self._check_adapter(letter, plan, layout)
@@ -244,7 +241,8 @@ class Agent:
             plan.rounds.count + plan.rounds.spare,
             metrics=metric_event(plan),
         )
-        self._ledger.reserve(attempt)
+        self._note("reserved", reservation_facts(plan, attempt, self._policy, approval))
+        self._ledger.reserve(attempt, journal=self._journal.head if self._journal else None)
         result = self._held(request) or self._trainer.train(request)
         session = SiteSession(
             identity=self._identity,
@@ -365,8 +363,8 @@ class Agent:
             return SiteCode.REFUSED_PLAN
         try:
             metrics = self._trainer.evaluate(plan, letter.part("adapter"))
-        except (FedwardError, *_LIBRARY_ERRORS) as error:
-            _LOG.warning("round %d: no evaluation: %s", attempt.round, type(error).__name__)
+        except (FedwardError, *LIBRARY_ERRORS) as error:
+            _LOG.warning("round %d: no evaluation: %s", attempt.round, safe_repr(error))
         else:
             _LOG.info("round %d: loss %.4f on own held-out records", attempt.round, metrics.loss)
         return SiteCode.DONE

@@ -21,7 +21,7 @@ from fedward.privacy.accounting import Event, merged
 from fedward.privacy.books import Books, to_entry
 from fedward.privacy.chain import Chain, read_lines
 
-_PURPOSE = "fedward ledger"
+PURPOSE = "fedward ledger"
 
 
 class Ledger(Books):
@@ -49,7 +49,7 @@ class Ledger(Books):
         Raises:
             LedgerError: See :class:`~fedward.privacy.chain.Chain`.
         """
-        chain = Chain(path, identity, purpose=_PURPOSE)
+        chain = Chain(path, identity, purpose=PURPOSE)
         try:
             return cls(chain, epsilon=epsilon, delta=delta)
         except (LedgerError, InvalidValue):
@@ -131,17 +131,22 @@ class Ledger(Books):
             }
         )
 
-    def reserve(self, attempt: Attempt) -> None:
+    def reserve(self, attempt: Attempt, *, journal: tuple[int, str] | None = None) -> None:
         """Hold the cost of one round before its data is touched; durable on return.
 
         An unsent reservation of the same round and session passes to this attempt; unsent ones of
         earlier rounds are given back.
 
+        Args:
+            attempt: What it is held for.
+            journal: Number and hash of the journal's last line, kept here as their witness.
+
         Raises:
             BudgetExceeded: Everything the run was admitted with is spent or held.
             LedgerError: Unknown or closed run, or the attempt is not newer than the last.
         """
-        self._write(_entry("reserve", attempt))
+        witness = {} if journal is None else {"journal": list(journal)}
+        self._write(_entry("reserve", attempt) | witness)
 
     def mark_sent(self, attempt: Attempt) -> None:
         """Spend a reservation for good; durable on return. Send only afterwards.
@@ -194,7 +199,7 @@ def read_books(path: Path, public_key: bytes, *, epsilon: float, delta: float) -
         data = path.read_bytes()
     except OSError as error:
         raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
-    lines = read_lines(data, public_key, purpose=_PURPOSE, path=path)
+    lines = read_lines(data, public_key, purpose=PURPOSE, path=path)
     return Books([entry for entry, _ in lines], epsilon=epsilon, delta=delta)
 
 
