@@ -15,6 +15,7 @@ from rich.markup import escape
 from fedward import __version__
 from fedward.errors import ConfigurationError, FedwardError
 from fedward.privacy.cli import privacy_app
+from fedward.server.cli import coordinator_app, run_app
 
 _INTERRUPTED = 130
 
@@ -25,6 +26,8 @@ app = typer.Typer(
     help="Hospitals fine-tune one language model together: private adapters, secure sums.",
     epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.",
 )
+app.add_typer(coordinator_app, name="coordinator")
+app.add_typer(run_app, name="run")
 app.add_typer(privacy_app, name="privacy")
 
 

@@ -8,11 +8,12 @@ instant (docs/adr/0007).
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,8 @@ _MALFORMED = (
 )
 """What Flower raises when it reads bytes that a site made up."""
 
+__all__ = ["LinkGrid", "LinkState", "admit_nodes", "flower_app", "open_state"]
+
 T = TypeVar("T")
 
 
@@ -101,15 +104,24 @@ def flower_app(database: Path) -> AsgiApp:
         isolation="process",
         runtime_dependency_install=False,
     )
-    return create_app(config, SuperLinkLifespan)
+    with _only_one(database):
+        return create_app(config, SuperLinkLifespan)
 
 
 def open_state(database: Path) -> LinkState:
     """Open, or make, Flower's database."""
-    _, factory = get_objectstore_linkstate_factories(
-        str(database), get_federation_manager(is_simulation=False)
-    )
-    return factory.state()
+    manager = get_federation_manager(is_simulation=False)
+    with _only_one(database):
+        _, factory = get_objectstore_linkstate_factories(str(database), manager)
+        return factory.state()
+
+
+@contextlib.contextmanager
+def _only_one(database: Path) -> Iterator[None]:
+    """Keep the other process from making the tables at the same time."""
+    with database.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def admit_nodes(state: LinkState, keys: Mapping[int, str]) -> dict[int, int]:
@@ -165,13 +177,20 @@ class LinkGrid(Grid):
     Args:
         state: Flower's database.
         grace: Seconds.
+        on_look: Called at every look for replies; what it raises ends the look.
 
     Raises:
         RoundError: Flower refuses to open a run.
     """
 
-    def __init__(self, state: LinkState, *, grace: float = GRACE_SECONDS) -> None:
-        self._state, self._grace = state, grace
+    def __init__(
+        self,
+        state: LinkState,
+        *,
+        grace: float = GRACE_SECONDS,
+        on_look: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._state, self._grace, self._on_look = state, grace, on_look
         self._pending: dict[str, _Pending] = {}
         self._closed = threading.Event()
         self._run, self._task = _open_run(state)
@@ -229,6 +248,7 @@ class LinkGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Take the replies that are whole; a site that is gone gives Flower's error."""
+        self._on_look()
         asked = {number: self._pending[number] for number in message_ids}
         self._look(asked)
         self._redeliver(asked)
