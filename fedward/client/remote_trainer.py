@@ -52,6 +52,8 @@ class RemoteTrainer:
     Args:
         socket: The trainer's Unix socket.
         process: The child that listens there; None where something else supervises it.
+        dataset: Which of the site's data sources a plan is trained on; left out, the trainer has
+            but one.
         on_progress: Called with the step at every sign of life of a trainer at work.
         start_seconds: How long a trainer may take until it listens.
 
@@ -65,10 +67,11 @@ class RemoteTrainer:
         socket: Path,
         *,
         process: TrainerProcess | None = None,
+        dataset: Callable[[Plan], str] = lambda _: "",
         on_progress: Callable[[int], None] | None = None,
         start_seconds: float = 120.0,
     ) -> None:
-        self._address, self._process = f"unix:{socket}", process
+        self._address, self._process, self._dataset = f"unix:{socket}", process, dataset
         self._on_progress, self._start_seconds = on_progress, start_seconds
 
     def prepare(self, request: TrainRequest) -> None:
@@ -106,7 +109,7 @@ class RemoteTrainer:
                 macro_f1=scores.macro_f1 if scores.HasField("macro_f1") else None,
             )
 
-        task = wire.Task(plan=plan.to_json(), adapter_bytes=len(adapter))
+        task = wire.Task(plan=plan.to_json())
         return self._ask(lambda stub: stub.Evaluate, task, adapter, plan, read)
 
     def cancel(self) -> None:
@@ -129,6 +132,7 @@ class RemoteTrainer:
         read: Callable[[Iterator[wire.Answer]], _T],
     ) -> _T:
         """One request and its answer, once more if the trainer dies over it."""
+        task.dataset, task.adapter_bytes = self._dataset(plan), len(adapter)
         for tries_left in (1, 0):
             self._wait()
             with grpc.insecure_channel(self._address, options=OPTIONS) as channel:
@@ -227,7 +231,6 @@ def _task(request: TrainRequest) -> wire.Task:
         attempt=attempt.attempt,
         draw=request.draw,
         layout=layout_to_bytes(request.layout),
-        adapter_bytes=len(request.adapter),
     )
 
 

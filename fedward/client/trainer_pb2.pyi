@@ -58,7 +58,7 @@ class Asked(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., adapter: _Optional[bytes] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes")
+    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes", "dataset")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class Task(_message.Message):
     DRAW_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
     plan: bytes
     run: str
     round: int
@@ -75,7 +76,8 @@ class Task(_message.Message):
     draw: int
     layout: bytes
     adapter_bytes: int
-    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ...) -> None: ...
+    dataset: str
+    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ..., dataset: _Optional[str] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("failure", "progress", "vector", "part", "scores", "done")

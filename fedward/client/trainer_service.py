@@ -44,8 +44,8 @@ SIGN_OF_LIFE = 5.0
 
 OPTIONS = (("grpc.max_receive_message_length", 4 << 20), ("grpc.max_metadata_size", 8192))
 
-MakeTrainer = Callable[[Plan, Callable[[int], None]], LocalTrainer]
-"""Makes the trainer of a plan with its hook after each step: reads the records, finds the model."""
+MakeTrainer = Callable[[Plan, str, Callable[[int], None]], LocalTrainer]
+"""Makes the trainer of a plan over a data source, with its hook after each step."""
 
 
 class _Stopped(FedwardError):
@@ -66,12 +66,14 @@ class TrainerService(rpc.TrainerServicer):
     """Answers one agent.
 
     Args:
-        make: Makes the trainer of a plan; the two last plans' are kept.
+        make: Makes the trainer of a plan; those of the last two are kept.
         patience: Seconds that a task waits for the one before it, which may be stopping.
     """
 
     def __init__(self, make: MakeTrainer, *, patience: float = 20.0) -> None:
-        self._trainer = lru_cache(maxsize=2)(lambda plan: make(plan, self._on_step))
+        self._trainer = lru_cache(maxsize=2)(
+            lambda plan, dataset: make(plan, dataset, self._on_step)
+        )
         self._worker = futures.ThreadPoolExecutor(1, thread_name_prefix="trainer")
         self._turn, self._patience = threading.Lock(), patience
         self._stop, self._said = threading.Event(), queue.Queue[wire.Answer | None]()
@@ -166,7 +168,7 @@ class TrainerService(rpc.TrainerServicer):
 
     def _evaluate(self, asked: Iterator[wire.Asked]) -> Iterator[wire.Answer]:
         task, plan = _task(asked)
-        trainer = self._trainer(plan)
+        trainer = self._trainer(plan, task.dataset)
         scores = trainer.evaluate(plan, _adapter(asked, task, trainer.adapter_bytes(plan)))
         yield wire.Answer(
             scores=wire.Scores(loss=scores.loss, accuracy=scores.accuracy, macro_f1=scores.macro_f1)
@@ -179,7 +181,7 @@ class TrainerService(rpc.TrainerServicer):
             run=task.run, round=task.round, session=task.session, attempt=task.attempt
         )
         layout = layout_from_bytes(task.layout)
-        trainer = self._trainer(plan)
+        trainer = self._trainer(plan, task.dataset)
         adapter = _adapter(asked, task, trainer.adapter_bytes(plan))
         return trainer, TrainRequest(
             plan=plan, attempt=attempt, draw=task.draw, adapter=adapter, layout=layout

@@ -18,11 +18,11 @@ CAT = ("/bin/cat",)
 
 def test_a_child_is_started_once_and_again_after_its_death():
     process = TrainerProcess(CAT, {})
-    assert process.pid is None
     process.start()
     first = process.pid
+    assert first is not None
     process.start()
-    assert first == process.pid is not None
+    assert process.pid == first
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: process.pid is None)
     process.start()

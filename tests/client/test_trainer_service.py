@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 CANARY = "CANARY-Mrs-Roe"
 
 
-def make(plan: Plan, on_step: Callable[[int], None]) -> LocalTrainer:
+def make(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
     return LocalTrainer(tiny.make_records("a", 4), key=tiny.key("a"), on_step=on_step)
 
 
@@ -48,17 +49,17 @@ def start(sockets):
         server = serve(sockets / "t.sock", make)
         channel = grpc.insecure_channel(f"unix:{sockets / 't.sock'}", options=OPTIONS)
         stack.extend([channel.close, lambda: server.stop(None).wait()])
-        return rpc.TrainerStub(channel)
+        return rpc.TrainerStub(channel)  # type: ignore[no-untyped-call]  # generated
 
     yield begin
     for end in stack:
         end()
 
 
-def asked(plan: Plan, /, *parts: bytes, **changes: object) -> Iterator[wire.Asked]:
+def asked(plan: Plan, /, *parts: bytes, **changes: Any) -> Iterator[wire.Asked]:
     """A request; left as it is, an honest one for round 1."""
     tuned = tuned_model(plan)
-    given = {
+    given: dict[str, Any] = {
         "plan": plan.to_json(),
         "run": "r",
         "round": 1,
@@ -172,7 +173,7 @@ def test_a_message_above_the_limit_never_reaches_the_trainer(plan, start):
     ],
 )
 def test_no_text_of_an_error_crosses_the_socket(plan, start, caplog, error, expected):
-    def fails(plan: Plan, on_step: Callable[[int], None]) -> LocalTrainer:
+    def fails(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
         raise error
 
     answers = start(fails).Train(asked(plan))
@@ -188,7 +189,7 @@ def test_a_second_task_waits_and_a_cancelled_one_ends_at_its_next_step(base):
     plan = tiny.make_plan(base, rounds=tiny.make_rounds(steps=3))
     reached, go_on = threading.Event(), threading.Event()
 
-    def slow(plan: Plan, on_step: Callable[[int], None]) -> LocalTrainer:
+    def slow(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
         def step(number: int) -> None:
             reached.set()
             assert go_on.wait(10)
@@ -214,12 +215,25 @@ def test_a_second_task_waits_and_a_cancelled_one_ends_at_its_next_step(base):
     assert kinds(service.Train(asked(plan), Context()))[-1] == "vector"
 
 
+def test_each_data_source_has_a_trainer_of_its_own(plan, start):
+    made: list[str] = []
+
+    def named(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
+        made.append(dataset)
+        return make(plan, dataset, on_step)
+
+    stub = start(named)
+    for dataset in ("notes", "letters", "notes", "letters"):
+        assert kinds(stub.Prepare(asked(plan, dataset=dataset))) == ["done"]
+    assert made == ["notes", "letters"]
+
+
 def test_an_agent_that_goes_away_stops_the_training(plan, base, start):
     rounds = tiny.make_rounds(steps=2000)
     long = tiny.make_plan(base, rounds=rounds, privacy=tiny.NAKED)
     steps: list[int] = []
 
-    def counted(plan: Plan, on_step: Callable[[int], None]) -> LocalTrainer:
+    def counted(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
         def step(number: int) -> None:
             on_step(number)
             steps.append(number)
