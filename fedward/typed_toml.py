@@ -164,13 +164,19 @@ def _flatten_rest(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:  # noq
 
 
 def dump(value: Any) -> str:  # noqa: ANN401  # any dataclass
-    """Write a dataclass as TOML, which :func:`parse` reads back equal; None is left out."""
-    return tomli_w.dumps(_without_nulls(dataclasses.asdict(value)))
+    """Write a dataclass as TOML, which :func:`parse` reads back equal; None is left out.
+
+    The keys of a ``REST`` field stand in their section, as they are read.
+    """
+    return tomli_w.dumps(_values(value))
 
 
-def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_nulls(value) if isinstance(value, Mapping) else value
-        for key, value in values.items()
-        if value is not None
-    }
+def _values(value: Any) -> dict[str, Any]:  # noqa: ANN401  # any dataclass
+    values = dict[str, Any]()
+    for field in dataclasses.fields(value):
+        item = vars(value)[field.name]
+        if field.metadata.get(REST):
+            values.update(item)
+        elif item is not None:
+            values[field.name] = _values(item) if dataclasses.is_dataclass(item) else item
+    return values

@@ -83,7 +83,27 @@ def find_splits(path: Path) -> dict[str, Path]:
     return found
 
 
-def read_records(path: Path, plan: Plan) -> Records:
+def read_table(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
+    """Every row of a file.
+
+    Args:
+        path: JSONL, CSV or Parquet; the first two also with ``.gz``.
+        names: Name of a column → the file's own name of it.
+
+    Raises:
+        DataError: The file cannot be read, is empty, or lacks a column that ``names`` gives.
+    """
+    rows = _read(path)
+    if not rows:
+        raise DataError(f"{path}: no records; expected at least one")
+    for own in (names or {}).values():
+        check_column(own, rows[0], path)
+    if names:
+        rows = [{**row, **{name: row[own] for name, own in names.items()}} for row in rows]
+    return rows
+
+
+def read_records(path: Path, plan: Plan, names: Mapping[str, str] | None = None) -> Records:
     """Read one file and check it against the plan's ``[data]`` and labels.
 
     Rows without a unit are left out, and a warning says how many.
@@ -91,20 +111,16 @@ def read_records(path: Path, plan: Plan) -> Records:
     Args:
         path: JSONL, CSV or Parquet; the first two also with ``.gz``.
         plan: Names the columns.
+        names: The plan's name of a column → the file's own name of it.
 
     Raises:
         DataError: The file cannot be read, is empty, lacks a column, or a row has no text, no site,
             a unit that is neither text nor a whole number, or a label that is not the plan's.
         ConfigurationError: The plan's template is not one.
     """
-    columns, rows = needed_columns(plan), _read(path)
-    if not rows:
-        raise DataError(f"{path}: no records; expected at least one")
+    columns, rows = needed_columns(plan), read_table(path, names)
     for column in columns:
-        if column not in rows[0]:
-            near = get_close_matches(column, list(rows[0]), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(rows[0])}"
-            raise DataError(f"{path}: no column {column!r}; {hint}")
+        check_column(column, rows[0], path)
     for number, row in enumerate(rows, start=1):
         _check_row(row, number, path, plan)
     unit = plan.data.unit
@@ -220,6 +236,18 @@ def input_columns(plan: Plan) -> list[str]:
     if plan.task.objective == "sft" and data.prompt is not None:
         return [data.prompt]
     return [data.text]
+
+
+def check_column(column: str, row: Row, path: Path) -> None:
+    """Refuse a file whose rows lack a column.
+
+    Raises:
+        DataError: With the nearest name, or all.
+    """
+    if column not in row:
+        near = get_close_matches(column, list(row), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(row)}"
+        raise DataError(f"{path}: no column {column!r}; {hint}")
 
 
 def _check_row(row: Row, number: int, path: Path, plan: Plan) -> None:
