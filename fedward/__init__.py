@@ -1,9 +1,10 @@
 """Fedward: hospitals fine-tune one language model together.
 
 Importing the package switches off the telemetry of the libraries below it, before any of them is
-imported (DESIGN §5.10).
+imported (DESIGN §5.10), and warnings of bitsandbytes that nobody needs.
 """
 
+import logging
 import os
 
 __version__ = "0.1.0"
@@ -15,3 +16,4 @@ os.environ.update(
     FLWR_DISABLE_UPDATE_CHECK="1",
     RAY_USAGE_STATS_ENABLED="0",
 )
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of missing kernels, of every int8 cast

@@ -115,7 +115,6 @@ def simulate(
 def main() -> None:
     """Run the command line; every expected error becomes one message and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels that nobody needs
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # typer's own answer to Ctrl-C

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fedward.attempt import Attempt
 from fedward.canonical import Json
-from fedward.client.trainer import LocalTrainer
+from fedward.client.trainer import LocalTrainer, mechanism
 from fedward.errors import ConfigurationError
 from fedward.plan import Plan
 from fedward.server.store import Phase
@@ -28,8 +28,6 @@ from fedward.simulations.comparison import evaluate_adapter, pooled, train_in_on
 from fedward.simulations.federation import Federation
 from fedward.simulations.grid import FIRST_NODE
 from fedward.simulations.notes import HOSPITALS
-from fedward.tuning.prompts import input_text
-from fedward.tuning.records import Row
 from fedward.tuning.tuned import tuned_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -151,7 +149,9 @@ class Grid:
         case = self._case(cell.task, cell.seed)
         began, load = time.monotonic(), os.getloadavg()[0]
         if cell.way == "classical":
-            facts: dict[str, Any] = {"mean": _classical(case)}
+            facts: dict[str, Any] = {
+                "mean": baseline.accuracy(case.plan, pooled(case.sites), case.test)
+            }
         else:
             plan = case.plan if cell.private else _without_privacy(case.plan)
             adapter, facts = self._train(cell, plan, case)
@@ -200,7 +200,8 @@ class Grid:
         if cell.way == "federated":
             return _federate(plan, case, self._folder / "runs" / cell.name)
         if cell.way == "central":
-            return train_in_one_place(plan, pooled(case.sites), sites=len(case.sites)), {}
+            step = mechanism(plan, normaliser=plan.rounds.normaliser * len(case.sites))
+            return train_in_one_place(plan, pooled(case.sites), step=step), {}
         return train_in_one_place(plan, case.sites[cell.way.removeprefix("alone-")]), {}
 
 
@@ -247,15 +248,3 @@ def _federate(plan: Plan, case: Case, folder: Path) -> tuple[bytes, dict[str, An
     if plan.privacy.enabled:
         facts["epsilon"] = {name: federation.epsilon_spent(name) for name in names}
     return adapter, facts
-
-
-def _classical(case: Case) -> float:
-    """TF-IDF on all sites' texts, cut to ``max_length`` words: more than the model sees."""
-    data, words = case.plan.data, case.plan.task.max_length
-
-    def cut(row: Row) -> dict[str, str]:
-        text = " ".join(input_text(row, data).split()[:words])
-        return {"text": text, "label": str(row[data.label])}
-
-    train, test = (list(map(cut, rows)) for rows in (pooled(case.sites).rows, case.test.rows))
-    return baseline.accuracy(train, test)

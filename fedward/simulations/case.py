@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fedward.canonical import digest
 from fedward.errors import ConfigurationError, DataError
 from fedward.plan import Plan, load_plan
 from fedward.simulations.demo import prepare_demo
@@ -45,6 +46,7 @@ class Case:
         plan: Frozen: labels and the model's digest are filled in.
         sites: Site name → its training records.
         test: The public held-out records on which everything is evaluated.
+        digest: Hex SHA-256 of the files that the records were read from.
         held_out: Site name → records of other patients for the site's own metrics; empty unless
             the plan has ``[metrics]``.
         killed: Site that the demo kills in the middle of a round; None kills nobody.
@@ -53,6 +55,7 @@ class Case:
     plan: Plan
     sites: Mapping[str, Records]
     test: Records
+    digest: str
     held_out: Mapping[str, Records] = field(default_factory=dict)
     killed: str | None = None
 
@@ -100,12 +103,12 @@ def freeze_case(plan: Plan, data: Path, killed: str | None = None) -> Case:
         test = read_records(splits["test"], plan)
     else:
         train, test = hold_out(train, _HELD_OUT_SHARE, seed=0)
-    digest = fingerprint(resolve_model(plan.model))
-    if plan.model.sha256 not in (None, digest):
+    found = fingerprint(resolve_model(plan.model))
+    if plan.model.sha256 not in (None, found):
         raise ConfigurationError(
-            f"[model] sha256 names another model than {plan.model.path!r}, whose digest is {digest}"
+            f"[model] sha256 names another model than {plan.model.path!r}, whose digest is {found}"
         )
-    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, sha256=digest))
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, sha256=found))
     sites, held_out = make_sites(train, plan.data), dict[str, Records]()
     empty = [name for name, records in sites.items() if not records.units]
     if empty:
@@ -116,4 +119,12 @@ def freeze_case(plan: Plan, data: Path, killed: str | None = None) -> Case:
     if plan.metrics is not None:
         for name, records in sites.items():
             sites[name], held_out[name] = hold_out(records, _HELD_OUT_SHARE, seed=0)
-    return Case(plan=plan, sites=sites, test=test, held_out=held_out, killed=killed)
+    read = [path.read_bytes() for name, path in splits.items() if name in {"train", "test"}]
+    return Case(
+        plan=plan,
+        sites=sites,
+        test=test,
+        digest=digest("data", *read).hex(),
+        held_out=held_out,
+        killed=killed,
+    )

@@ -16,6 +16,7 @@ import torch
 from fedward.client.trainer import LocalTrainer, Scores, Trainer, TrainRequest, TrainResult
 from fedward.errors import ConfigurationError, FedwardError, InvalidValue, ModelError
 from fedward.plan import Plan
+from fedward.simulations.failure import Failure
 from fedward.tuning.records import Records
 
 _THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -78,23 +79,6 @@ class _Place:
     key: bytes | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Failure:
-    """An error on its way out of an actor; some of the tree cannot be made from their text alone.
-
-    Args:
-        kind: Its class.
-        text: Its message.
-    """
-
-    kind: type[FedwardError]
-    text: str
-
-    def error(self) -> FedwardError:
-        """The error, with class and message, without attributes."""
-        return self.kind.__new__(self.kind, self.text)
-
-
 class _Worker:
     """The trainers of some sites, in an actor's process."""
 
@@ -105,24 +89,24 @@ class _Worker:
             for name, place in places.items()
         }
 
-    def prepare(self, site: str, request: TrainRequest) -> _Failure | None:
+    def prepare(self, site: str, request: TrainRequest) -> Failure | None:
         try:
             self._trainers[site].prepare(request)
         except FedwardError as error:
-            return _Failure(kind=type(error), text=str(error))
+            return Failure(kind=type(error), text=str(error))
         return None
 
-    def train(self, site: str, request: TrainRequest) -> TrainResult | _Failure:
+    def train(self, site: str, request: TrainRequest) -> TrainResult | Failure:
         try:
             return self._trainers[site].train(request)
         except FedwardError as error:
-            return _Failure(kind=type(error), text=str(error))
+            return Failure(kind=type(error), text=str(error))
 
-    def evaluate(self, site: str, plan: Plan, adapter: bytes) -> Scores | _Failure:
+    def evaluate(self, site: str, plan: Plan, adapter: bytes) -> Scores | Failure:
         try:
             return self._trainers[site].evaluate(plan, adapter)
         except FedwardError as error:
-            return _Failure(kind=type(error), text=str(error))
+            return Failure(kind=type(error), text=str(error))
 
 
 class _RayTrainer:
@@ -149,7 +133,7 @@ class _RayTrainer:
                 f"the process that trains for site {self._site!r} died, perhaps for want of "
                 "memory: use fewer --workers"
             ) from error
-        if isinstance(result, _Failure):
+        if isinstance(result, Failure):
             raise result.error()
         if not isinstance(result, kind):
             raise ModelError(f"a trainer's process answered with {type(result).__name__}")

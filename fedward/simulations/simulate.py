@@ -7,14 +7,17 @@ interrupted simulation goes on where it stopped.
 import contextlib
 import dataclasses
 import json
-import math
-import shutil
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Message
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,11 +28,19 @@ from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.client.trainer import LocalTrainer, Trainer
 from fedward.errors import ConfigurationError
-from fedward.plan import Plan, from_json
 from fedward.server.store import Phase, RunStore
 from fedward.simulations import baseline
 from fedward.simulations.case import Case, Options, load_case
-from fedward.simulations.comparison import evaluate_adapter, pooled, train_in_one_place
+from fedward.simulations.comparison import (
+    CENTRAL,
+    CENTRAL_NO_PRIVACY,
+    Comparison,
+    alone,
+    comparisons,
+    evaluate_adapter,
+    measure,
+    pooled,
+)
 from fedward.simulations.federation import RUN, Federation
 from fedward.simulations.grid import FIRST_NODE
 from fedward.simulations.report import (
@@ -41,14 +52,20 @@ from fedward.simulations.report import (
     render_table,
     write_report,
 )
+from fedward.simulations.run_folder import open_folder, read_json, write_atomically
+from fedward.simulations.second_process import second_process
 from fedward.tuning.metrics import Metrics
-from fedward.tuning.prompts import input_text
-from fedward.tuning.records import Records, Row, select
+from fedward.tuning.models import resolve_model
+from fedward.tuning.records import select
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import dimension
 
 _CURVE_RECORDS = 256
 _SEEN_BYTES, _SEEN_NUMBERS = 48, 8
+_TWICE = 2**30
+"""Bytes of weights up to which the base is loaded a second time, for the comparisons."""
+
+_Measure = Callable[[Comparison, Callable[[int], None]], Metrics]
 
 
 def run_simulation(options: Options, console: Console) -> dict[str, Any]:
@@ -64,7 +81,7 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
     """
     started = time.monotonic()
     case = load_case(options, console)
-    folder = _open_folder(options, case.plan)
+    folder = open_folder(options, case)
     with _progress(console) as show:
         work = _Work(case, folder, show, console)
         report = work.run(ray_workers=options.ray_workers, compare=options.compare)
@@ -78,33 +95,6 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
     return report.to_json()
 
 
-def _open_folder(options: Options, plan: Plan) -> Path:
-    """The run's folder: a new one, or the old one of the same plan with ``--resume``."""
-    folder, report = options.out / "run", options.out / "report.json"
-    frozen = folder / "plan.json"
-    if frozen.exists() and options.resume:
-        if from_json(frozen.read_bytes()) != plan:
-            raise ConfigurationError(
-                f"{options.out} holds a run of another plan: give that plan (and data), or "
-                "another --out"
-            )
-        return folder
-    if frozen.exists() and not report.exists():
-        raise ConfigurationError(
-            f"{options.out} holds an unfinished run: add --resume to go on with it, or choose "
-            "another --out"
-        )
-    report.unlink(missing_ok=True)
-    if folder.exists():
-        old = options.out / "run.old"  # killed while it deletes, no half of a run is left
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        shutil.rmtree(old)
-    folder.mkdir(parents=True, mode=0o700)
-    _write_atomically(frozen, plan.to_json())
-    return folder
-
-
 class _Work:
     """One simulation in its folder."""
 
@@ -113,7 +103,7 @@ class _Work:
         self._plan = case.plan
         self._tuned = tuned_model(case.plan)
         self._federation: Federation | None = None
-        self._notes: dict[str, Any] = _read_json(folder / "progress.json") or {
+        self._notes: dict[str, Any] = read_json(folder / "progress.json") or {
             "bytes_up": dict.fromkeys(case.sites, 0),
             "curve": [],
             "cohorts": [],
@@ -130,30 +120,27 @@ class _Work:
     def run(self, *, ray_workers: int, compare: bool) -> Report:
         """Train and evaluate everything that is not there yet."""
         plan, sites = self._plan, self._case.sites
-        base = self._score("base", lambda _: self._tuned.start)
-        federated, epsilon = self._federate(ray_workers)
-        alone, central, naked, classical = {}, None, None, None
-        if compare:
-            for name, records in sites.items():
-                score = self._score(f"alone-{name}", self._one_place(plan, records, 1))
-                alone[name] = score
-            everything = pooled(sites)
-            central = self._score("central", self._one_place(plan, everything, len(sites)))
-            if plan.privacy.enabled:
-                privacy = dataclasses.replace(plan.privacy, epsilon=math.inf)
-                free = dataclasses.replace(plan, privacy=privacy)
-                naked = self._score(
-                    "central-no-privacy", self._one_place(free, everything, len(sites))
-                )
-            classical = self._classical(everything)
+        every = comparisons(plan, sites) if compare else []
+        todo = deque(one for one in every if not self._result(one.name).exists())
+        with self._second_process(todo) as rest:
+            base = self._score(
+                "base", lambda _: evaluate_adapter(plan, self._tuned.start, self._case.test)
+            )
+            federated, epsilon = self._federate(ray_workers)
+            classical = self._classical() if compare else None
+            self._work_through(todo.pop, lambda one, told: measure(one, self._case.test, told))
+            if rest is not None:
+                rest.result()
         return Report(
             plan=plan,
             scores=Scores(
                 base=base,
                 federated=federated,
-                alone=alone,
-                central=central,
-                central_without_privacy=naked,
+                alone={site: self._known(alone(site)) for site in sites} if compare else {},
+                central=self._known(CENTRAL) if compare else None,
+                central_without_privacy=(
+                    self._known(CENTRAL_NO_PRIVACY) if compare and plan.privacy.enabled else None
+                ),
                 classical=classical,
             ),
             epsilon=epsilon,
@@ -164,6 +151,36 @@ class _Work:
             cohorts=self._notes["cohorts"],
             seen=self._seen(),
         )
+
+    @contextlib.contextmanager
+    def _second_process(self, todo: deque[Comparison]) -> Iterator[Future[None] | None]:
+        """Let a second process work through comparisons, if there is a core for it.
+
+        Yields:
+            What ends when it finds nothing more to do; None if there is no second process.
+        """
+        cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+        weights = resolve_model(self._plan.model).glob("*.safetensors")
+        if not todo or cores < 2 or sum(path.stat().st_size for path in weights) > _TWICE:
+            yield None
+            return
+        half = min(threads, cores // 2)
+        torch.set_num_threads(half)
+        try:
+            with (
+                ThreadPoolExecutor(max_workers=1, thread_name_prefix="comparisons") as thread,
+                second_process(self._case.test, half) as there,
+            ):
+                yield thread.submit(self._work_through, todo.popleft, there)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _work_through(self, take: Callable[[], Comparison], train: _Measure) -> None:
+        """Train what nobody has taken yet, until nothing is left."""
+        with contextlib.suppress(IndexError):
+            while True:
+                one = take()
+                self._score(one.name, partial(train, one))
 
     def _federate(self, ray_workers: int) -> tuple[float, dict[str, float]]:
         """Run every open round; returns the score and each site's epsilon."""
@@ -200,8 +217,9 @@ class _Work:
 
             adapter = federation.run(observe)
             epsilon = {name: federation.epsilon_spent(name) for name in federation.names}
-        _write_atomically(self._folder / "models" / "federated.safetensors", adapter)
-        return self._score("federated", lambda _: adapter), epsilon
+        write_atomically(self._folder / "models" / "federated.safetensors", adapter)
+        score = self._score("federated", lambda _: evaluate_adapter(plan, adapter, self._case.test))
+        return score, epsilon
 
     def _fault(self, node: int, message: Message) -> bool:
         """The demo's accident: one site dies in round 2, when the others send masked updates."""
@@ -257,59 +275,46 @@ class _Work:
             total = unpack(words, parameters)[0][:_SEEN_NUMBERS].tolist()
             notes["seen"] = {"site": name, "masked": masked.hex(), "total": total}
         notes["seconds"] = self.before + time.monotonic() - self._began
-        _write_atomically(self._folder / "progress.json", json.dumps(notes).encode())
+        write_atomically(self._folder / "progress.json", json.dumps(notes).encode())
 
     def _blob(self, name: str) -> bytes:
         return (self._folder / "coordinator" / "blobs" / name).read_bytes()
 
-    def _one_place(
-        self, plan: Plan, records: Records, sites: int
-    ) -> Callable[[Callable[[int], None]], bytes]:
-        """A training without a federation, that tells after each round how far it is."""
-
-        def train(on_round: Callable[[int], None]) -> bytes:
-            return train_in_one_place(plan, records, sites=sites, on_round=on_round)
-
-        return train
-
-    def _score(self, name: str, train: Callable[[Callable[[int], None]], bytes]) -> float:
+    def _score(self, name: str, train: Callable[[Callable[[int], None]], Metrics]) -> float:
         """Train, evaluate on all test records and keep the result; done once a folder."""
-        path = self._folder / "results" / f"{_file_name(name)}.json"
-        known = _read_json(path)
-        if known is None:
+        path = self._result(name)
+        if not path.exists():
             task = self._show.add_task(name, total=self._plan.rounds.count)
-            adapter = train(lambda done: self._show.update(task, completed=done))
-            metrics = evaluate_adapter(self._plan, adapter, self._case.test)
+            metrics = train(lambda done: self._show.update(task, completed=done))
             self._show.update(task, completed=self._plan.rounds.count)
-            known = {
+            result = {
                 "loss": metrics.loss,
                 "accuracy": metrics.accuracy,
                 "macro_f1": metrics.macro_f1,
                 "losses": metrics.losses.tolist(),
                 "correct": None if metrics.correct is None else metrics.correct.tolist(),
             }
-            _write_atomically(path, json.dumps(known).encode())
+            write_atomically(path, json.dumps(result).encode())
+        return self._known(name)
+
+    def _known(self, name: str) -> float:
+        """The score of what is done."""
+        result = json.loads(self._result(name).read_bytes())
         classify = self._plan.task.objective == "classify"
-        return float(known["accuracy"] if classify else known["loss"])
+        return float(result["accuracy"] if classify else result["loss"])
+
+    def _result(self, name: str) -> Path:
+        return self._folder / "results" / f"{_file_name(name)}.json"
 
     def _measure(self, metrics: Metrics) -> float:
         return metrics.loss if metrics.accuracy is None else metrics.accuracy
 
-    def _classical(self, records: Records) -> float | None:
+    def _classical(self) -> float | None:
         """The TF-IDF baseline, where the task has one and scikit-learn is installed."""
-        data = self._plan.data
         if self._plan.task.objective != "classify":
             return None
-        most = self._plan.task.max_length  # no more words than the model sees tokens
-
-        def cut(rows: Sequence[Row]) -> list[dict[str, str]]:
-            texts = [" ".join(input_text(row, data).split()[:most]) for row in rows]
-            labels = [str(row[data.label]) for row in rows]
-            return [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)]
-
-        train, test = cut(records.rows), cut(self._case.test.rows)
         try:
-            return baseline.accuracy(train, test)
+            return baseline.accuracy(self._plan, pooled(self._case.sites), self._case.test)
         except ConfigurationError as error:
             self._console.print(str(error))
             return None
@@ -349,17 +354,3 @@ def _progress(console: Console) -> Progress:
 
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_bytes(data)
-    scratch.replace(path)

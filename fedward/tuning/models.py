@@ -6,7 +6,6 @@ new heads included, so that adapters, heads and hidden states never meet in two 
 
 import hashlib
 import importlib.util
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,9 +66,6 @@ _LOADING = (
     SafetensorError,
     StrictDataclassError,
 )
-
-# bitsandbytes repeats "inputs will be cast to float16" for every int8 layer and forward pass.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def resolve_model(model: Model) -> Path:

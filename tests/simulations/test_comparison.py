@@ -34,7 +34,7 @@ def test_pooled_has_every_record_and_keeps_patients_apart():
 
 def test_training_learns_and_says_where_it_is(base):
     plan, rounds = naked(base), list[int]()
-    adapter = train_in_one_place(plan, pooled(SITES), sites=3, on_round=rounds.append)
+    adapter = train_in_one_place(plan, pooled(SITES), on_round=rounds.append)
     assert rounds == [1, 2, 3]
     before = evaluate_adapter(plan, tuned_model(plan).start, TEST)
     after = evaluate_adapter(plan, adapter, TEST)
@@ -80,13 +80,14 @@ def test_with_privacy_the_noise_is_the_plans_whoever_trains(base):
     rounds = tiny.make_rounds(count=1, optimizer="sgd", learning_rate=1.0)
     plan = tiny.make_plan(base, rounds=rounds)
     plan = dataclasses.replace(plan, privacy=dataclasses.replace(plan.privacy, epsilon=1.0))
-    layout, step = tuned_model(plan).layout, mechanism(plan)
+    layout = tuned_model(plan).layout
 
     def spread(sites: int, factor: float = 1.0) -> float:
+        step = mechanism(plan, normaliser=plan.rounds.normaliser * sites)
         pair = [
-            vector_of(train_in_one_place(plan, SITES["a"], sites=sites), layout) for _ in range(2)
+            vector_of(train_in_one_place(plan, SITES["a"], step=step), layout) for _ in range(2)
         ]
-        noise = step.noise_multiplier * step.clip / (step.normaliser * sites) * factor
+        noise = step.noise_multiplier * step.clip / step.normaliser * factor
         return float((pair[0] - pair[1]).std()) / math.sqrt(2) / noise
 
     assert abs(spread(1) - 1) < 0.25

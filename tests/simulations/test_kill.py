@@ -148,42 +148,13 @@ def test_another_plan_does_not_go_on_with_a_killed_run(tmp_path, base):
         tiny.make_federation(tmp_path, other, tiny.recorders(sites)).run()
 
 
-PLAN_TEXT = """
-name = "killed"
-[model]
-path = "{base}"
-[tuner]
-r = 2
-target_modules = ["q_proj"]
-[task]
-objective = "classify"
-max_length = 16
-[data]
-unit = "patient"
-site = "hospital"
-[rounds]
-count = {count}
-spare = {spare}
-steps = 1
-sampling_rate = 1.0
-normaliser = 4
-learning_rate = 0.01
-[cohort]
-minimum = 3
-[privacy]
-epsilon = 8.0
-delta = 1e-5
-clip = 0.5
-"""
-
-
 class Process:
     """``fedward simulate`` in processes of its own, over one folder."""
 
     def __init__(self, folder: Path, base: Path, *, count: int, spare: int) -> None:
         self.out, self.errors = folder / "out", folder / "errors.txt"
         plan = folder / "plan.toml"
-        plan.write_text(PLAN_TEXT.format(base=base, count=count, spare=spare))
+        plan.write_text(tiny.plan_text(base, count=count, spare=spare))
         rows = [row for name in "abc" for row in tiny.make_rows(name, 4)]
         data = tiny.write_data(folder / "data", rows)
         self.command = [sys.executable, "-m", "fedward", "simulate", str(plan)]

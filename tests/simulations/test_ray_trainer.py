@@ -15,7 +15,8 @@ from fedward.errors import (
     ModelError,
     PolicyRefusal,
 )
-from fedward.simulations.ray_trainer import _Failure, ray_trainers
+from fedward.simulations.failure import Failure
+from fedward.simulations.ray_trainer import ray_trainers
 from fedward.tuning.tuned import tuned_model
 from tests.simulations import tiny
 
@@ -60,7 +61,7 @@ def test_ray_gives_the_adapter_that_this_process_gives(tmp_path, base):
     "error", [DataError("x"), InvalidValue("key", 1, "2"), PolicyRefusal(["one", "two"])]
 )
 def test_an_error_crosses_with_class_and_message(error):
-    crossed = _Failure(kind=type(error), text=str(error)).error()
+    crossed = Failure(kind=type(error), text=str(error)).error()
     assert type(crossed) is type(error)
     assert str(crossed) == str(error)
 

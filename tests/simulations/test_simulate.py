@@ -1,49 +1,24 @@
 """``fedward simulate`` from files to a report: what it says and refuses, and how it goes on."""
 
 import json
+import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedward import cli
 from fedward.server.store import Phase
 from fedward.simulations import simulate
 from fedward.simulations.case import freeze_case, load_case
+from fedward.simulations.second_process import second_process
 from tests.simulations import tiny
 
 Rows = Sequence[Mapping[str, Any]]
 CANARY = "CANARY-Smith"
-
-PLAN = """
-name = "tiny"
-[model]
-path = "{base}"
-[tuner]
-r = 2
-target_modules = ["q_proj"]
-[task]
-objective = "classify"
-max_length = 16
-[data]
-unit = "patient"
-site = "hospital"
-[rounds]
-count = 2
-spare = 1
-steps = 1
-sampling_rate = 1.0
-normaliser = 4
-learning_rate = 0.01
-[cohort]
-minimum = 3
-[privacy]
-epsilon = 8.0
-delta = 1e-5
-clip = 0.5
-"""
 
 
 @pytest.fixture
@@ -73,7 +48,7 @@ def make_files(
     rows: Rows | None = None,
     test: Rows | None = None,
 ) -> list[Any]:
-    text = PLAN.format(base=base)
+    text = tiny.plan_text(base)
     for old, new in replacements:
         assert old in text
         text = text.replace(old, new)
@@ -104,7 +79,16 @@ def test_a_run_ends_in_a_report_as_json_and_as_a_page(fedward, files, tmp_path):
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
 
 
-def test_a_comparison_has_every_way_of_training(fedward, files, tmp_path):
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_comparison_has_every_way_of_training(fedward, files, tmp_path, monkeypatch, cores):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    threads, began = torch.get_num_threads(), list[int]()
+
+    def watched(test, half):
+        began.append(half)
+        return second_process(test, half)
+
+    monkeypatch.setattr(simulate, "second_process", watched)
     code, out, err = fedward("simulate", *files[:-1])
     assert code == 0, err
     scores = report_of(tmp_path / "out")["accuracy"]
@@ -112,6 +96,26 @@ def test_a_comparison_has_every_way_of_training(fedward, files, tmp_path):
     assert set(scores["alone"]) == {"a", "b", "c"}
     assert all(0 <= score <= 1 for score in scores["alone"].values())
     assert "federated" in out
+    assert began == ([1] if cores == 2 else []), "a second process where there is a core for it"
+    assert torch.get_num_threads() == threads
+    assert not multiprocessing.active_children()
+
+
+def test_finished_comparisons_are_kept(fedward, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert fedward("simulate", *files[:-1])[0] == 0
+    results = tmp_path / "out" / "run" / "results"
+    before = {path.name: path.stat().st_mtime_ns for path in results.iterdir()}
+    (results / "central.json").unlink()
+    assert fedward("simulate", *files[:-1], "--resume")[0] == 0
+    after = {path.name: path.stat().st_mtime_ns for path in results.iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {"central.json"}
+
+
+def test_a_base_too_large_to_be_loaded_twice_is_not(fedward, files, monkeypatch):
+    monkeypatch.setattr(simulate, "_TWICE", 1000)
+    monkeypatch.setattr(simulate, "second_process", None)
+    assert fedward("simulate", *files[:-1])[0] == 0
 
 
 def test_a_finished_run_is_replaced(fedward, files, tmp_path):
@@ -139,8 +143,8 @@ def interrupted(fedward, files, monkeypatch):
     """A run that was interrupted in round 2."""
     real = simulate._Work._committed
 
-    def interrupt(work, facts):
-        real(work, facts)
+    def interrupt(*given):
+        real(*given)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -171,10 +175,19 @@ def test_another_plan_does_not_go_on_with_the_run(fedward, interrupted):
     assert "holds a run of another plan" in err
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_other_data_does_not_go_on_with_the_run(fedward, interrupted, split):
+    file = interrupted[2] / f"{split}.jsonl"
+    file.write_text(file.read_text().replace("heart", "lung", 1))
+    code, _, err = fedward("simulate", *interrupted, "--resume")
+    assert code == 2
+    assert "holds a run on other data" in err
+
+
 def test_a_round_committed_in_the_instant_before_a_kill_is_in_the_report(
     fedward, files, tmp_path, monkeypatch
 ):
-    def interrupt(work, facts):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -101,6 +101,37 @@ def make_rounds(**changes: Any) -> Rounds:
     return Rounds(**(given | changes))
 
 
+def plan_text(base: Path, *, count: int = 2, spare: int = 1) -> str:
+    """A plan file as people write it: nothing frozen yet, and otherwise :func:`make_plan`'s."""
+    return f"""
+name = "tiny"
+[model]
+path = "{base}"
+[tuner]
+r = 2
+target_modules = ["q_proj"]
+[task]
+objective = "classify"
+max_length = 16
+[data]
+unit = "patient"
+site = "hospital"
+[rounds]
+count = {count}
+spare = {spare}
+steps = 1
+sampling_rate = 1.0
+normaliser = 4
+learning_rate = 0.01
+[cohort]
+minimum = 3
+[privacy]
+epsilon = 8.0
+delta = 1e-5
+clip = 0.5
+"""
+
+
 NAKED = Privacy(epsilon=math.inf, delta=1e-5, clip=0.5, records_per_unit=2)
 """No privacy: what is trained is what the data say."""
 
