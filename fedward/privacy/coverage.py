@@ -10,10 +10,15 @@ from dataclasses import dataclass
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from fedward.errors import UncoveredParameters
 
+_WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -49,13 +54,25 @@ def coverage(model: nn.Module) -> Coverage:
     """Decide how a model's per-unit gradients are computed.
 
     Raises:
-        UncoveredParameters: Nothing is trainable, a trainable parameter is not float32, or a layer
-            keeps statistics of the batch, so that no clipping bounds what one unit changes.
+        UncoveredParameters: Nothing is trainable, a trainable parameter is sharded or not float32,
+            a wrapper would sum or compile gradients before they are clipped, or a layer keeps
+            statistics of the batch, so that no clipping bounds what one unit changes.
     """
+    for module in model.modules():
+        if isinstance(module, _WRAPPERS):
+            raise UncoveredParameters(
+                f"a {type(module).__name__} sums or compiles gradients before they are clipped; "
+                "give the model itself, and for several processes train_steps' ranks"
+            )
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise UncoveredParameters("the model has no trainable parameter; choose a tuner")
     for name, parameter in trainable.items():
+        if isinstance(parameter, DTensor):
+            raise UncoveredParameters(
+                f"{name} is sharded; shard the frozen weights only: fully_shard(module, "
+                "ignored_params={trainable parameters})"
+            )
         if parameter.dtype != torch.float32:
             raise UncoveredParameters(
                 f"{name} is {parameter.dtype}; trainable parameters must be float32, "

@@ -41,9 +41,13 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         (grad,) = grads
         ctx.sink(x.detach(), grad.detach())
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
         # The casts serve autocast, where the output is narrower than the input.
-        into = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return into, None, None, None
+        weight = weight.to(grad.dtype)
+        if weight.shape[1] < weight.shape[0]:  # as in _products: MKL is twice as fast this way
+            return F.linear(grad, weight.t().contiguous()).to(x.dtype), None, None, None
+        return (grad @ weight).to(x.dtype), None, None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -92,21 +96,32 @@ def _spread(parameter: nn.Parameter | None, x: Tensor) -> Tensor | None:
     return spread
 
 
-def _linear(module: nn.Linear | Conv1D) -> Forward:
-    weight, transposed = module.weight, isinstance(module, Conv1D)
-    bias: nn.Parameter | None = module.bias
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Outer products summed over time, shape ``(rows, m, n)``, of ``(rows, time, m)`` and ``n``.
 
+    With LoRA one of m and n is small. MKL multiplies few rows by many columns three times as fast
+    as the reverse.
+    """
+    if left.shape[2] <= right.shape[2]:
+        return torch.bmm(left.transpose(1, 2), right)
+    return torch.bmm(right.transpose(1, 2), left).transpose(1, 2).contiguous()
+
+
+def _linear(module: nn.Linear | Conv1D) -> Forward:
+    transposed = isinstance(module, Conv1D)
+
+    # The module is asked for its weight each time: FSDP puts a whole one there for the pass.
     def sink(x: Tensor, grad: Tensor) -> None:
         x, grad = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, grad))
-        if weight.requires_grad:
+        if module.weight.requires_grad:
             left, right = (x.to(grad.dtype), grad) if transposed else (grad, x.to(grad.dtype))
-            _add(weight, torch.bmm(left.transpose(1, 2), right))
-        if bias is not None and bias.requires_grad:
-            _add(bias, grad.sum(1))
+            _add(module.weight, _products(left, right))
+        if module.bias is not None and module.bias.requires_grad:
+            _add(module.bias, grad.sum(1))
 
     def forward(x: Tensor) -> Tensor:
-        matrix = weight.t() if transposed else weight
-        y: Tensor = _Linear.apply(x, matrix, bias, sink)  # type: ignore[no-untyped-call]  # torch
+        matrix = module.weight.t() if transposed else module.weight
+        y: Tensor = _Linear.apply(x, matrix, module.bias, sink)  # type: ignore[no-untyped-call]  # torch
         return y
 
     return forward
@@ -224,6 +239,11 @@ class UnitGradients(AbstractGradSampleModule):  # type: ignore[misc]  # opacus h
         model: nn.Module = self._module
         return model
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first trainable parameter is."""
+        return self._trainable[0][1].device
+
     def begin(self, rows: int) -> None:
         """Announce a forward pass over ``rows`` examples.
 
@@ -274,6 +294,11 @@ class UnitGradients(AbstractGradSampleModule):  # type: ignore[misc]  # opacus h
         for name, parameter in self._trainable:
             if parameter.grad_sample is not None:
                 yield name, parameter.grad_sample
+
+    def drop(self) -> None:
+        """Forget the gradients that were collected."""
+        for _, parameter in self._trainable:
+            parameter.grad_sample = None
 
     def remove_hooks(self) -> None:
         """Give every layer its own ``forward`` back."""

@@ -1,10 +1,14 @@
 """Clip each unit, sum, add noise, divide by a public constant: the mechanism in one place."""
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.linalg import vector_norm
@@ -13,6 +17,10 @@ from fedward.errors import InvalidValue, UncoveredParameters
 from fedward.privacy.accounting import SampledGaussian
 from fedward.privacy.engine import UnitParameter
 from fedward.privacy.noise import SecureStream
+from fedward.privacy.ranks import Ranks
+
+Noise = list[npt.NDArray[np.float32]]
+"""Standard normals for each parameter, flat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,7 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         optimizer: Steps on the released gradient, over exactly the trainable parameters.
         mechanism: The public constants.
         stream: Source of the noise; moves on with every step.
+        ranks: The processes that share the drawn units; None where this one takes all.
 
     Attributes:
         clipped: Units so far whose gradient was longer than the clip.
@@ -76,7 +85,12 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, mechanism: Mechanism, stream: SecureStream
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        mechanism: Mechanism,
+        stream: SecureStream,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(
             optimizer,
@@ -85,7 +99,9 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
             expected_batch_size=mechanism.normaliser,  # pyright: ignore[reportArgumentType]  # only divided by
             loss_reduction="mean",
         )
-        self._stream = stream
+        self._stream, self._ranks = stream, ranks
+        self._thread = ThreadPoolExecutor(max_workers=1)  # starts with its first work
+        self._noise: Future[Noise] | None = None
         self.clipped = self.non_finite = self.units = 0
 
     @property
@@ -117,25 +133,41 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         finite = torch.isfinite(norms)
         longer = finite & (norms > self.max_grad_norm)
         factors = torch.where(longer, self.max_grad_norm / norms, finite.double())
+        all_finite = bool(finite.all())
         for parameter, gradient in gradients.items():
-            # A factor of 0 alone does not do: 0 * inf is NaN, for every unit's sum.
-            gradient[~finite.to(gradient.device)] = 0.0
+            if not all_finite:  # a factor of 0 alone does not do: 0 * inf is NaN, for every unit
+                gradient[~finite.to(gradient.device)] = 0.0
             total = (factors.to(gradient) @ gradient).view_as(parameter)
             before = parameter.summed_grad
-            parameter.summed_grad = total if before is None else before + total
+            parameter.summed_grad = total if before is None else before.add_(total)
             parameter.grad_sample = None
         self.units += len(norms)
         self.non_finite += int((~finite).sum())
         self.clipped += int(longer.sum())
 
+    def begin_noise(self) -> None:
+        """Draw the next step's noise in a thread, beside the backward passes that it waits for.
+
+        The stream must not be read by anybody else until the step.
+        """
+        self._noise = self._thread.submit(self._normals)
+
+    def _normals(self) -> Noise:
+        return [self._stream.normal(p.numel()).astype(np.float32) for p in self._units]
+
     def add_noise(self) -> None:
         """Put the noised sums into ``grad``; the noise comes from the cryptographic stream."""
-        deviation = self.noise_multiplier * self.max_grad_norm if self.noise_multiplier else 0.0
-        for p in self._units:
-            total = torch.zeros_like(p) if p.summed_grad is None else p.summed_grad
-            if deviation > 0:
-                noise = torch.from_numpy(self._stream.normal(p.numel()) * deviation)
-                total = total + noise.to(device=p.device, dtype=torch.float32).view_as(p)
+        held = [(p, p.summed_grad) for p in self._units]
+        totals = [torch.zeros_like(p) if total is None else total for p, total in held]
+        if self._ranks is not None:
+            self._ranks.add_up(totals)
+        if self.noise_multiplier > 0:
+            deviation = self.noise_multiplier * self.max_grad_norm
+            normals = self._normals() if self._noise is None else self._noise.result()
+            for total, noise in zip(totals, normals, strict=True):
+                total.add_(torch.from_numpy(noise).to(total.device).view_as(total), alpha=deviation)
+            self._noise = None
+        for p, total in zip(self._units, totals, strict=True):
             p.grad = total
             p.summed_grad = None
 
@@ -153,7 +185,8 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         return True
 
     def release(self) -> None:
-        """Leave no gradient and no attribute on the parameters."""
+        """Leave no gradient and no attribute on the parameters, and no thread."""
+        self._thread.shutdown()
         self.zero_grad(set_to_none=True)
         for p in self._units:
             del p.grad_sample, p.summed_grad
@@ -173,11 +206,11 @@ def _per_unit(rows: Tensor, groups: list[int] | None) -> Tensor:
 
 
 def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Check that an optimizer steps exactly the trainable parameters.
+    """Check that an optimizer steps exactly the trainable parameters, and nothing before it does.
 
     Raises:
         UncoveredParameters: One is missing (its gradient would be lost) or too much (it would move
-            without noise).
+            without noise); a hook takes gradients before they are clipped; states of 8 bits.
     """
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -186,4 +219,15 @@ def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         raise UncoveredParameters(
             "the optimizer must hold exactly the trainable parameters; it lacks "
             f"{missing[:3] or 'none'} and has {len(stepped - set(trainable))} others"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise UncoveredParameters(
+                f"{name} has a gradient hook, which would see or step along gradients that nobody "
+                "has clipped; remove it (optimizers that step during backward set such hooks)"
+            )
+    if isinstance(optimizer, Optimizer8bit) and optimizer.args.optim_bits == 8:
+        raise UncoveredParameters(
+            f"{type(optimizer).__name__} keeps its states in 8 bits, but private training is held "
+            "to float32 throughout; use torch.optim's"
         )

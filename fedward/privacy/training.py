@@ -12,6 +12,7 @@ from fedward.errors import InvalidValue, ModelError
 from fedward.privacy.engine import UnitGradients
 from fedward.privacy.noise import SecureStream
 from fedward.privacy.optimizer import Mechanism, UnitOptimizer, check_parameters
+from fedward.privacy.ranks import Ranks, is_sharded
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def train_steps(
     steps: int,
     stream: SecureStream,
     physical_batch: int = 32,
+    ranks: Ranks | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainingFacts:
     """Take DP-SGD steps (Abadi et al. 2016, arXiv 1607.00133) whose unit is a patient.
@@ -66,14 +68,16 @@ def train_steps(
             stream with the same key must not.
         physical_batch: Most records in one backward pass, at least ``records_per_unit``; decides
             memory, not the result.
+        ranks: The processes that take this step together, each with the same units and with a
+            stream of the same key at the same place. An error in one leaves the others waiting.
         on_step: Called after each step with its number from 1.
 
     Returns:
-        Facts for the site's own eyes.
+        Facts for the site's own eyes; with ``ranks``, about this process's part.
 
     Raises:
         UncoveredParameters: No clipping could bound what one unit changes.
-        ModelError: The loss is not one number a record.
+        ModelError: The loss is not one number a record, or the processes have different streams.
 
     Guarantees:
         The optimizer's gradients are, together, ``mechanism.event(steps)`` for adding or removing
@@ -86,18 +90,16 @@ def train_steps(
     engine = UnitGradients(model)
     if not engine.single_pass:
         _log.warning("%s", engine.coverage)
-    private = UnitOptimizer(optimizer, mechanism=mechanism, stream=stream)
+    if ranks is not None:
+        ranks.agree(model, stream)
+    private = UnitOptimizer(optimizer, mechanism=mechanism, stream=stream, ranks=ranks)
     training = model.training
     model.train()
     losses: list[float] = []
     try:
         for step in range(1, steps + 1):
             drawn = draw(units, mechanism, stream)
-            for batch in physical_batches(drawn, physical_batch if engine.single_pass else 1):
-                losses += _backward(engine, loss, batch)
-                private.clip_and_accumulate(_groups(batch) if engine.single_pass else None)
-            private.step()
-            private.zero_grad(set_to_none=True)
+            losses += take_step(engine, private, drawn, loss, physical_batch, ranks)
             if on_step is not None:
                 on_step(step)
     finally:
@@ -105,6 +107,36 @@ def train_steps(
         engine.to_standard_module()
         model.train(training)
     return _facts(private, losses, single_pass=engine.single_pass)
+
+
+def take_step(
+    engine: UnitGradients,
+    private: UnitOptimizer,
+    drawn: Sequence[list[int]],
+    loss: Callable[[nn.Module, Sequence[int]], Tensor],
+    physical_batch: int,
+    ranks: Ranks | None = None,
+) -> list[float]:
+    """One step over the drawn units, as :func:`train_steps` takes it; their records' losses."""
+    device = engine.device
+    if device.type != "cpu":  # on a CPU the thread would only take time from the backward passes
+        private.begin_noise()
+    share = drawn if ranks is None else ranks.share(drawn)
+    losses: list[float] = []
+    batches = list(physical_batches(share, physical_batch if engine.single_pass else 1))
+    idle = 0
+    if ranks is not None and is_sharded(engine.model):
+        # In each pass the others wait for this process's part of the weights.
+        idle = ranks.most(len(batches), device) - len(batches)
+    for batch in batches:
+        losses += _backward(engine, loss, batch)
+        private.clip_and_accumulate(_groups(batch) if engine.single_pass else None)
+    for _ in range(idle):
+        _backward(engine, loss, drawn[:1])
+        engine.drop()
+    private.step()
+    private.zero_grad(set_to_none=True)
+    return losses
 
 
 def draw(

@@ -202,6 +202,12 @@ def test_half_precision_and_nothing_at_all_are_refused():
         coverage(sequential().requires_grad_(False))
 
 
+def test_wrappers_that_touch_gradients_before_the_clip_are_refused():
+    for wrap in (nn.DataParallel, torch.compile):
+        with pytest.raises(UncoveredParameters, match="give the model itself"):
+            coverage(wrap(sequential()))
+
+
 def test_shared_weights_go_to_the_loop():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     model = nn.Sequential(first, second)

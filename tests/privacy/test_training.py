@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from bitsandbytes.optim import AdamW8bit, AdamW32bit
+from torch import Tensor, nn
 
 from fedward.errors import InvalidValue, ModelError, UncoveredParameters
 from fedward.privacy.noise import SecureStream
-from fedward.privacy.optimizer import Mechanism
+from fedward.privacy.optimizer import Mechanism, UnitOptimizer, check_parameters
 from fedward.privacy.training import draw, physical_batches, train_steps
 from tests.privacy import tiny
 
@@ -227,6 +228,39 @@ def test_the_optimizer_must_hold_exactly_the_trainable_parameters():
                 model, UNITS, loss, torch.optim.SGD(held), EVERYBODY,
                 steps=1, stream=SecureStream(KEY),
             )  # fmt: skip
+
+
+def test_gradient_hooks_and_states_of_8_bits_are_refused():
+    # A hook steps along, or looks at, gradients that nobody clipped: optimizers inside backward do.
+    for hook in ("register_hook", "register_post_accumulate_grad_hook"):
+        model = tiny.lora(tiny.causal("Llama"))
+        first = next(iter(tiny.trainable(model).values()))
+        getattr(first, hook)(lambda _: None)
+        with pytest.raises(UncoveredParameters, match="has a gradient hook"):
+            check_parameters(model, torch.optim.SGD(tiny.trainable(model).values()))
+    model = tiny.lora(tiny.causal("Llama"))
+    with pytest.raises(UncoveredParameters, match="AdamW8bit keeps its states in 8 bits"):
+        check_parameters(model, AdamW8bit(tiny.trainable(model).values()))
+    check_parameters(model, AdamW32bit(tiny.trainable(model).values()))
+
+
+def test_noise_drawn_beside_the_backward_pass_is_the_same():
+    released = []
+    for aside in (False, True):
+        model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 7))
+        private = UnitOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            mechanism=tiny.mechanism(noise_multiplier=2.0), stream=SecureStream(KEY),
+        )  # fmt: skip
+        for _ in range(2):
+            if aside:
+                private.begin_noise()
+            private.add_noise()
+            released.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        private.release()
+    assert torch.equal(released[0], released[2])
+    assert torch.equal(released[1], released[3])
+    assert not torch.equal(released[0], released[1])
 
 
 @pytest.mark.parametrize(
