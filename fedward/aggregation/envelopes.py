@@ -22,6 +22,24 @@ _NONCE = bytes(12)  # the direction is in the key, so each key encrypts once
 SharePair = tuple[bytes, bytes]
 """A share of the dealer's self-mask seed and one of its mask key."""
 
+NO_KEY = bytes(32)
+"""In place of an envelope's key where the dealer's signature does not hold."""
+
+
+class BadEnvelope(SiteFault):
+    """A dealer's envelope does not hold.
+
+    Args:
+        dealer: Who sealed it.
+        problem: What does not hold.
+        key: The AES key of this envelope and of nothing else, for a complaint, if the dealer signed
+            it; an unsigned one may be an honest dealer's, changed on the way to get at the key.
+    """
+
+    def __init__(self, dealer: int, problem: str, key: bytes = NO_KEY) -> None:
+        super().__init__(dealer, problem)
+        self.key = key
+
 
 def agree(private: X25519PrivateKey, other: int, public: bytes) -> bytes:
     """X25519 (RFC 7748) with another site.
@@ -94,24 +112,41 @@ def unseal(
         envelope: What the dealer sent.
 
     Raises:
-        SiteFault: Signature, seal or commitments do not hold; the dealer is named.
+        BadEnvelope: Signature, seal or commitments do not hold; the dealer is named.
+        SiteFault: The dealer's key is of low order.
     """
     session, dealer = cohort.session, envelope.dealer
     # Signed with session, dealer, holder and point: no swapped, replayed or moved share.
-    pinned.verify(dealer, envelope.signature, "R1", *signed_fields(cohort, holder, envelope))
-    shared = agree(private, dealer, cohort.hellos[dealer].envelope_key)
-    cipher = AESGCM(envelope_key(shared, session, dealer, holder))
-    context = envelope_context(session, dealer, holder)
     try:
-        plain = cipher.decrypt(_NONCE, envelope.envelope, context)
+        pinned.verify(dealer, envelope.signature, "R1", *signed_fields(cohort, holder, envelope))
+    except SiteFault as error:
+        raise BadEnvelope(dealer, "its R1 signature does not hold") from error
+    shared = agree(private, dealer, cohort.hellos[dealer].envelope_key)
+    key = envelope_key(shared, session, dealer, holder)
+    try:
+        shares = open_envelope(cohort, key, holder, envelope)
     except InvalidTag as error:
-        raise SiteFault(dealer, "its envelope does not open") from error
-    shares = (plain[:SHARE_BYTES], plain[SHARE_BYTES:])
+        raise BadEnvelope(dealer, "its envelope does not open", key) from error
     # A share that does not match its commitment could later be called the holder's lie.
-    hb, hs = envelope.seed_share_commitment, envelope.key_share_commitment
-    if commit(session, dealer, holder, shares) != (hb, hs):
-        raise SiteFault(dealer, "its shares do not match its commitments")
+    if shares is None:
+        raise BadEnvelope(dealer, "its shares do not match its commitments", key)
     return shares
+
+
+def open_envelope(
+    cohort: Cohort, key: bytes, holder: int, envelope: wire.Envelope
+) -> SharePair | None:
+    """The shares in an envelope; None if they do not match the dealer's commitments.
+
+    Raises:
+        InvalidTag: The envelope does not open under this key.
+    """
+    session, dealer = cohort.session, envelope.dealer
+    context = envelope_context(session, dealer, holder)
+    plain = AESGCM(key).decrypt(_NONCE, envelope.envelope, context)
+    shares = (plain[:SHARE_BYTES], plain[SHARE_BYTES:])
+    commitments = (envelope.seed_share_commitment, envelope.key_share_commitment)
+    return shares if commit(session, dealer, holder, shares) == commitments else None
 
 
 def signed_fields(cohort: Cohort, holder: int, envelope: wire.Envelope) -> tuple[bytes, ...]:

@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedward.aggregation import shamir, wire
 from fedward.aggregation.cohort import Cohort, PinnedKeys, form_cohort, hello_fields
-from fedward.aggregation.envelopes import SharePair, agree, commit, seal, unseal
+from fedward.aggregation.complaints import Complaint
+from fedward.aggregation.envelopes import BadEnvelope, SharePair, agree, commit, seal, unseal
 from fedward.aggregation.masks import Words, apply_masks
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.session_memory import SessionMemory
@@ -175,7 +176,8 @@ class SiteSession:
             The signed header and the masked vector.
 
         Raises:
-            ProtocolError: A check failed; the session is dead and ``words`` are as they were.
+            ProtocolError: A check failed; the session is dead and ``words`` are as they were. A
+                :class:`Complaint` names a dealer and carries the one message that may still leave.
         """
         header = self._advance(_Shared, "R2", envelopes, lambda s, m: self._mask(s, m, words))
         if self._vector is None:
@@ -278,10 +280,13 @@ class SiteSession:
         # one has no mask that belongs to it.
         if [envelope.dealer for envelope in envelopes] != near:
             raise ProtocolError("the envelopes are not those of this site's neighbours in U2")
-        shares = {
-            e.dealer: unseal(cohort, self._pinned, state.keys.envelope, self._site, e)
-            for e in envelopes
-        }
+        try:
+            shares = {
+                e.dealer: unseal(cohort, self._pinned, state.keys.envelope, self._site, e)
+                for e in envelopes
+            }
+        except BadEnvelope as error:
+            raise Complaint(cohort, self._identity, self._site, error) from error
         shares[self._site] = state.own_shares
         if words.shape != (self._expected.words,) or words.dtype != self._expected.grid.dtype:
             raise ProtocolError(

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedward.aggregation import shamir, wire
 from fedward.aggregation.cohort import Cohort, PinnedKeys, form_cohort, hello_fields
+from fedward.aggregation.complaints import Verdict, at_fault, judge
 from fedward.aggregation.envelopes import agree, signed_fields
 from fedward.aggregation.graph import COMPLETE_UP_TO
 from fedward.aggregation.masks import Words, apply_masks, check_vector
@@ -57,10 +58,11 @@ class Tally:
         self._keys: set[bytes] = set()
         self._formed: Cohort | None = None
         self._shares: dict[int, wire.Shares] = {}
-        self._sealed: dict[int, dict[int, wire.Sealed]] = {}
+        self._sealed: dict[int, dict[int, wire.Envelope]] = {}
         self._u2: tuple[int, ...] = ()
         self._u2_hash = b""
         self._headers: dict[int, wire.Header] = {}
+        self._verdicts: dict[int, Verdict] = {}
         self._total: Words = np.zeros(0, dtype=parameters.grid.dtype)
         self._outcome: Outcome | None = None
         self._votes: dict[int, wire.Vote] = {}
@@ -121,15 +123,16 @@ class Tally:
             raise SiteFault(site, "it is not in the cohort")
         if [s.holder for s in shares.sealed] != list(self._cohort.graph.neighbours(site)):
             raise SiteFault(site, "its envelopes are not for its neighbours")
+        envelopes = {
+            holder: wire.Envelope(site, shares.seed_commitment, *sealed)
+            for holder, *sealed in shares.sealed
+        }
         if len(self._cohort.hellos) <= COMPLETE_UP_TO:
-            # Every holder would end its session over a bad one. On a ring there are too many to
-            # check here, and only a dealer's neighbours are lost.
-            for holder, *sealed in shares.sealed:
-                envelope = wire.Envelope(site, shares.seed_commitment, *sealed)
+            # Every holder would end its session over a bad one; on a ring only the neighbours.
+            for holder, envelope in envelopes.items():
                 fields = signed_fields(self._cohort, holder, envelope)
                 self._pinned.verify(site, envelope.signature, "R1", *fields)
-        self._shares[site] = shares
-        self._sealed[site] = {sealed.holder: sealed for sealed in shares.sealed}
+        self._shares[site], self._sealed[site] = shares, envelopes
         self._note("R1", site, message)
 
     def close_shares(self) -> dict[int, bytes]:
@@ -147,10 +150,9 @@ class Tally:
         self._total = np.zeros(self.parameters.words, dtype=self.parameters.grid.dtype)
         boxes: dict[int, list[wire.Envelope]] = {site: [] for site in self._u2}
         for dealer in self._u2:
-            commitment = self._shares[dealer].seed_commitment
-            for holder, *sealed in self._shares[dealer].sealed:
+            for holder, envelope in self._sealed[dealer].items():
                 if holder in sites:
-                    boxes[holder].append(wire.Envelope(dealer, commitment, *sealed))
+                    boxes[holder].append(envelope)
         self._stage = "R2"
         return {site: wire.encode_envelopes(self._u2, box) for site, box in boxes.items()}
 
@@ -182,6 +184,27 @@ class Tally:
         self._headers[site] = header
         self._note("R2", site, message)
 
+    def add_complaint(self, site: int, message: bytes) -> frozenset[int]:
+        """R2: hear a site that cannot use an envelope; returns who may be at fault.
+
+        Raises:
+            SiteFault: It was dealt no such envelope, or wrong signature.
+            ProtocolError: Malformed or late.
+        """
+        complaint = wire.decode_complaint(message)
+        self._is_new("R2", site, complaint.site, message)
+        envelope = self._sealed.get(complaint.dealer, {}).get(site)
+        if envelope is None or site not in self._u2:
+            raise SiteFault(site, "it complains of a site that dealt it no shares")
+        self._verdicts[site] = judge(self._cohort, self._pinned, complaint, envelope)
+        self._note("R2", site, message)
+        return self._verdicts[site][1]
+
+    @property
+    def at_fault(self) -> frozenset[int]:
+        """The sites that complaints show to be at fault: the next attempt goes without them."""
+        return at_fault(self._verdicts.values(), self.parameters.colluders)
+
     def close_masked(self) -> dict[int, bytes]:
         """R3: freeze U3; returns the message of every site in it.
 
@@ -196,10 +219,9 @@ class Tally:
             cohort.check_held(sites, dealer, "U3")
         headers = [self._headers[site] for site in sorted(sites)]
         inputs = ((header.site, header.input_hash) for header in headers)
+        u3_hash = survivors_hash(cohort.session, self._u2_hash, inputs)
         self._outcome = Outcome(
-            session=cohort.session,
-            survivors=tuple(sorted(sites)),
-            survivors_hash=survivors_hash(cohort.session, self._u2_hash, inputs),
+            session=cohort.session, survivors=tuple(sorted(sites)), survivors_hash=u3_hash
         )
         self._stage = "R3"
         return dict.fromkeys(self._outcome.survivors, wire.encode_survivors(headers))
@@ -228,11 +250,9 @@ class Tally:
             CohortTooSmall: Fewer signatures than the quorum.
         """
         self._check_open("R3")
-        if len(self._votes) < self._cohort.need.quorum:
-            raise CohortTooSmall(
-                f"{len(self._votes)} sites signed the survivor set, the session needs "
-                f"{self._cohort.need.quorum}"
-            )
+        votes, quorum = len(self._votes), self._cohort.need.quorum
+        if votes < quorum:
+            raise CohortTooSmall(f"{votes} sites signed the survivor set, {quorum} are needed")
         self._certificate = wire.encode_certificate(self._votes[s] for s in sorted(self._votes))
         self._stage = "R4"
         return dict.fromkeys(self._frozen.survivors, self._certificate)

@@ -27,7 +27,7 @@ class SiteFault(ProtocolError):
 
     def __init__(self, site: int, problem: str) -> None:
         super().__init__(f"site {site}: {problem}")
-        self.site = site
+        self.site, self.problem = site, problem
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ survivors (R3, to site) none                                  one header
 vote (R3, to tally)     one vote, no records                  site 4, sig 64
 certificate (R4)        none                                  one vote
 released (R4, to tally) site 4                                dealer 4, share 33
+complaint (to tally)    one complaint, no records             site 4, dealer 4, key 32, sig 64
 ======================  ====================================  =================================
 """
 
@@ -41,6 +42,7 @@ _HEADER = struct.Struct(">I32s64s")
 _VOTE = struct.Struct(">I64s")
 _SHARE = struct.Struct(f">I{SHARE_BYTES}s")
 _SITE = struct.Struct(">I")
+_COMPLAINT = struct.Struct(">II32s64s")
 
 
 class Hello(NamedTuple):
@@ -108,6 +110,15 @@ class Released(NamedTuple):
 
     site: int
     shares: tuple[tuple[int, bytes], ...]
+
+
+class Complaint(NamedTuple):
+    """In place of R2: a dealer's envelope that does not hold, and the key that shows it."""
+
+    site: int
+    dealer: int
+    key: bytes
+    signature: bytes
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -249,6 +260,20 @@ def decode_released(data: bytes) -> Released:
     return Released(_SITE.unpack(head)[0], tuple((row[0], row[1]) for row in rows))
 
 
+def encode_complaint(complaint: Complaint) -> bytes:
+    """Write a complaint."""
+    return _message("complaint", _COMPLAINT.pack(*complaint))
+
+
+def decode_complaint(data: bytes) -> Complaint:
+    """Read a complaint.
+
+    Raises:
+        ProtocolError: Another length or kind.
+    """
+    return Complaint(*_COMPLAINT.unpack(_single("complaint", data, _COMPLAINT)))
+
+
 _KINDS = {
     "hello": b"SA1h",
     "hellos": b"SA1H",
@@ -259,6 +284,7 @@ _KINDS = {
     "vote": b"SA1v",
     "certificate": b"SA1V",
     "released": b"SA1r",
+    "complaint": b"SA1c",
 }
 
 

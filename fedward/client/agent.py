@@ -174,7 +174,9 @@ class Agent:
         except (FedwardError, *LIBRARY_ERRORS) as error:
             words = str(error) if isinstance(error, FedwardError) else safe_repr(error)
             _LOG.warning("round %d: %s: %s", letter.attempt.round, letter.action, words)
-            return self._refuse(letter, error), {}
+            # A complaint is about another site's envelope, and says nothing of this one's records.
+            parts = {"complaint": error.message} if isinstance(error, Complaint) else {}
+            return self._refuse(letter, error), parts
 
     def _refuse(self, letter: Letter, error: Exception) -> SiteCode:
         """The code of an error, whose words stay in the site's journal."""

@@ -105,6 +105,7 @@ class RoundEngine:
         self._roster, self._nodes, self._store = roster, dict(nodes), store
         self._start, self._layout, self._observer = start, layout, observer
         self._left_out = set[tuple[Attempt, int]]()
+        self._tally: Tally | None = None
         self._anchors = Anchors(identity, roster, store)
 
     def run(self, grid: Grid) -> bytes:
@@ -138,8 +139,8 @@ class RoundEngine:
                         f"run {self._run!r} was started with another plan "
                         f"({facts['plan'][:12]}): give it that plan, or start a new run"
                     )
-            elif event.phase is Phase.ABORTED and facts["fault"] is not None:
-                faulty.add(facts["fault"])
+            elif event.phase is Phase.ABORTED:
+                faulty.update(facts["faults"])
             elif event.phase is Phase.COMMITTED:
                 committed, attempts, faulty = event.attempt.round, 0, set()
                 adapter = self._store.blob(facts["adapter"])
@@ -165,8 +166,9 @@ class RoundEngine:
             try:
                 result = self._session(grid, attempt, state)
             except (ProtocolError, CohortTooSmall) as error:
-                fault = error.site if isinstance(error, SiteFault) else None
-                self._record(attempt, Phase.ABORTED, {"reason": str(error), "fault": fault})
+                named = {error.site} if isinstance(error, SiteFault) else set[int]()
+                facts: Json = {"reason": str(error), "faults": sorted(named | self._at_fault())}
+                self._record(attempt, Phase.ABORTED, facts)
                 if isinstance(error, _NoHope):
                     raise CohortTooSmall(str(error)) from error
                 failure, state = str(error), self._fold()
@@ -199,8 +201,9 @@ class RoundEngine:
             task_hash=task_hash(state.adapter, self._plan.hash(), self._plan.aggregation.scheme),
             dimension=dimension(self._layout),
         )
+        self._tally = None
         ready = self._invite(grid, attempt, state)
-        tally = Tally(parameters=parameters, roster=self._roster)
+        tally = self._tally = Tally(parameters=parameters, roster=self._roster)
         todo = dict.fromkeys(ready, tally.request())
         for action, phase, add, close in (
             ("hello", Phase.KEYS, tally.add_hello, tally.close_hellos),
@@ -235,6 +238,20 @@ class RoundEngine:
             else:
                 facts = self._anchors.learn(letter) if phase is Phase.MASKED else None
                 self._record(attempt, phase, facts, site=site)
+
+    def _at_fault(self) -> frozenset[int]:
+        """The sites that complaints of the last session show to be at fault."""
+        return self._tally.at_fault if self._tally else frozenset()
+
+    def _refusal(self, letter: Letter) -> str:
+        """Why a site did not do as asked: its code, and what its complaint comes to."""
+        if self._tally is None or letter.action != "masked" or "complaint" not in letter.parts:
+            return str(letter.code)
+        try:
+            suspects = self._tally.add_complaint(letter.site, letter.parts["complaint"])
+        except ProtocolError as error:
+            return f"{letter.code}: {error}"
+        return f"{letter.code}: at fault is " + " or ".join(f"site {s}" for s in sorted(suspects))
 
     def _words(self, data: bytes) -> Words:
         """The words of a masked vector, as the site sent them."""
@@ -305,7 +322,7 @@ class RoundEngine:
                 if (letter.site, letter.attempt, letter.action) != (site, attempt, action):
                     refused[site] = "answered another letter"
                 elif letter.code not in {SiteCode.READY, SiteCode.DONE}:
-                    refused[site] = str(letter.code)
+                    refused[site] = self._refusal(letter)
                 else:
                     self._anchors.check(site, letter.lines)
                     accepted[site] = letter

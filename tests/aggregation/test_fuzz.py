@@ -47,6 +47,7 @@ AGAIN: dict[str, Callable[[bytes], bytes]] = {
     "vote": lambda data: wire.encode_vote(wire.decode_vote(data)),
     "certificate": lambda data: wire.encode_certificate(wire.decode_certificate(data)),
     "released": encode_released,
+    "complaint": lambda data: wire.encode_complaint(wire.decode_complaint(data)),
     "parameters": lambda data: SessionParameters.from_bytes(data).to_bytes(),
 }
 """By kind of message: read it, then write what was read."""
@@ -57,7 +58,10 @@ def honest() -> dict[str, bytes]:
     rig = make_rig(4, secrets="fuzz", gone={4: "R3"})
     rig.run()
     parameters = make_parameters(
-        make_roster(range(4)), slots=(Slot(name="loss", clip=8.0),), noise=0.5
+        make_roster(range(4)),
+        slots=(Slot(name="loss", clip=8.0),),
+        noise=0.5,
+        weights=((0, 1.0), (3, 0.25)),
     )
     return {
         "hello": rig.said["R0"][1],
@@ -69,6 +73,7 @@ def honest() -> dict[str, bytes]:
         "vote": rig.said["R3"][1],
         "certificate": rig.heard["R4"][1],
         "released": rig.said["R4"][1],
+        "complaint": wire.encode_complaint(wire.Complaint(1, 2, bytes(32), bytes(64))),
         "parameters": parameters.to_bytes(),
     }
 

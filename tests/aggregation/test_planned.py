@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from fedward.aggregation.packing import pack, unpack, weighed
@@ -133,12 +134,11 @@ def test_every_site_of_the_roster_needs_a_weight():
     ],
 )
 def test_no_site_outweighs_what_colluders_do_not_know(weights, minimum, colluders, allowed):
-    make = lambda: plan_with(minimum, colluders, weights=weights_of(*weights))  # noqa: E731
     if allowed:
-        session_of(make())
+        session_of(plan_with(minimum, colluders, weights=weights_of(*weights)))
     else:
         with pytest.raises(ConfigurationError, match="lightest others"):
-            make()
+            plan_with(minimum, colluders, weights=weights_of(*weights))
 
 
 def test_twin_a_weight_that_reads_one_site_out_of_the_sum():
@@ -192,13 +192,11 @@ def test_a_run_with_weights_a_dropout_and_either_word_size(tmp_path, word_bits):
 
 def test_a_coordinator_that_weighs_otherwise_is_refused(tmp_path, monkeypatch):
     """It sums honestly and then forgets the weights: every site refuses the next task."""
-    mean = SumResult.mean.fget
-    assert mean is not None
-    monkeypatch.setattr(
-        SumResult,
-        "mean",
-        property(lambda r: mean(r) * r.parameters.divisor(r.cohort) / len(r.cohort)),
-    )
+
+    def plain_mean(result: SumResult) -> npt.NDArray[np.float64]:
+        return unpack(result.words, result.parameters)[0] / len(result.cohort)
+
+    monkeypatch.setattr(SumResult, "mean", property(plain_mean))
     rig = Rig(tmp_path, plan=plan_with(weights=DESK_WEIGHTS))
     with pytest.raises(CohortTooSmall, match="round 2: 0 of 4 sites are ready"):
         rig.run()

@@ -39,6 +39,7 @@ DECODERS = [
     wire.decode_vote,
     wire.decode_certificate,
     wire.decode_released,
+    wire.decode_complaint,
 ]
 
 
@@ -80,6 +81,12 @@ def test_headers_and_votes(headers, votes):
 def test_released(site, shares):
     released = wire.Released(site, shares)
     assert wire.decode_released(wire.encode_released(released)) == released
+
+
+@given(IDS, IDS, raw(32), raw(64))
+def test_complaint(site, dealer, key, signature):
+    complaint = wire.Complaint(site, dealer, key, signature)
+    assert wire.decode_complaint(wire.encode_complaint(complaint)) == complaint
 
 
 def attempt(decoder: Callable[[bytes], object], data: bytes) -> bool:

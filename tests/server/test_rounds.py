@@ -307,7 +307,7 @@ def test_a_site_whose_fault_ended_an_attempt_is_left_out_of_that_round_only(make
     rig = make_rig()
     first = Attempt(run=RUN, round=1)
     rig.store.record(first, Phase.STARTED, {"plan": PLAN.hash().hex()})
-    rig.store.record(first, Phase.ABORTED, {"reason": "it shared something else", "fault": LIAR})
+    rig.store.record(first, Phase.ABORTED, {"reason": "it shared something else", "faults": [LIAR]})
     rig.run()
     assert rig.cohorts == [[0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
 
