@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedward import __version__
+from fedward.client.cli import site_app
 from fedward.errors import ConfigurationError, FedwardError
 from fedward.privacy.cli import privacy_app
-from fedward.server.cli import coordinator_app, run_app
+from fedward.server.cli import run_app
+from fedward.server.members_cli import coordinator_app
 
 _INTERRUPTED = 130
 
@@ -28,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(coordinator_app, name="coordinator")
 app.add_typer(run_app, name="run")
+app.add_typer(site_app, name="site")
 app.add_typer(privacy_app, name="privacy")
 
 
