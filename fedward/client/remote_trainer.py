@@ -5,6 +5,7 @@ left it, so the reservation that the ledger holds serves the new one (DESIGN §3
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -18,6 +19,9 @@ import numpy.typing as npt
 from fedward.aggregation.planned import METRIC_SLOTS
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
+from fedward.client.approval import dataset_of
+from fedward.client.sandbox import offline_environment
+from fedward.client.site_folder import SiteFolder
 from fedward.client.trainer import Scores, TrainRequest, TrainResult
 from fedward.client.trainer_process import TrainerProcess
 from fedward.client.trainer_service import OPTIONS, PART_BYTES
@@ -238,3 +242,28 @@ def _asked(task: wire.Task, adapter: bytes) -> Iterator[wire.Asked]:
     yield wire.Asked(task=task)
     for start in range(0, len(adapter), PART_BYTES):
         yield wire.Asked(adapter=adapter[start : start + PART_BYTES])
+
+
+def site_remote_trainer(
+    folder: SiteFolder, *, child: bool, on_progress: Callable[[int], None] | None = None
+) -> RemoteTrainer:
+    """The trainer of a site's folder.
+
+    Args:
+        folder: The site's.
+        child: Start it as a child of this process; otherwise something else runs ``fedward site
+            train-service``.
+        on_progress: As in :class:`RemoteTrainer`.
+    """
+    process = None
+    if child:
+        # -I: no code from the working folder or the environment.
+        command = [sys.executable, "-I", "-m", "fedward", "site", "train-service", "--child"]
+        command += ["--site", str(folder.root.resolve())]
+        process = TrainerProcess(command, offline_environment(folder.cache))
+    return RemoteTrainer(
+        folder.trainer_socket,
+        process=process,
+        dataset=lambda plan: dataset_of(folder, plan),
+        on_progress=on_progress,
+    )

@@ -160,7 +160,7 @@ class LocalTrainer:
 
     def prepare(self, request: TrainRequest) -> None:
         """See :meth:`Trainer.prepare`."""
-        tuned = self._tuned(request.plan)
+        tuned = self.tuned(request.plan)
         if tuned.layout != request.layout:
             raise ModelError("the task's trainable tensors are not those of this site's model")
         state = from_bytes(request.adapter)
@@ -181,7 +181,7 @@ class LocalTrainer:
         """
         plan = request.plan
         self.prepare(request)
-        model = self._tuned(plan).model
+        model = self.tuned(plan).model
         start = flatten(model)
         stream = self._stream(request)
         units, encoded = self._encode(plan, self._records, held_out=False)
@@ -205,17 +205,17 @@ class LocalTrainer:
         """See :meth:`Trainer.evaluate`."""
         if self._held_out is None:
             raise DataError("this site keeps no held-out records to evaluate on")
-        model = self._tuned(plan).model
+        model = self.tuned(plan).model
         load_adapter(model, from_bytes(adapter))
         found = evaluate(model, self._encode(plan, self._held_out, held_out=True)[1])
         return Scores(loss=found.loss, accuracy=found.accuracy, macro_f1=found.macro_f1)
 
-    def adapter_bytes(self, plan: Plan) -> int:
-        """Size of every adapter of the plan's model: names, shapes and types decide it."""
-        return len(self._tuned(plan).start)
+    def tuned(self, plan: Plan) -> Tuned:
+        """The plan's model, from where this site keeps it; loaded once.
 
-    def _tuned(self, plan: Plan) -> Tuned:
-        """The plan's model, from where this site keeps it."""
+        Raises:
+            ModelError: It is not there, or not the one that the plan names.
+        """
         if self._model is not None:
             plan = dataclasses.replace(
                 plan, model=dataclasses.replace(plan.model, path=str(self._model))
@@ -247,7 +247,7 @@ class LocalTrainer:
         """
         key = (plan.hash(), held_out)
         if key not in self._encoded:
-            tokenizer = self._tuned(plan).tokenizer
+            tokenizer = self.tuned(plan).tokenizer
             try:
                 self._encoded[key] = (records.units, encode(records, tokenizer, plan))
             except (DataError, ConfigurationError) as error:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from fedward.attempt import Attempt
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
+from fedward.client.codes import safe_repr
 from fedward.client.trainer import LocalTrainer, TrainRequest
 from fedward.errors import (
     ConfigurationError,
@@ -169,7 +170,7 @@ class TrainerService(rpc.TrainerServicer):
     def _evaluate(self, asked: Iterator[wire.Asked]) -> Iterator[wire.Answer]:
         task, plan = _task(asked)
         trainer = self._trainer(plan, task.dataset)
-        scores = trainer.evaluate(plan, _adapter(asked, task, trainer.adapter_bytes(plan)))
+        scores = trainer.evaluate(plan, _adapter(asked, task, len(trainer.tuned(plan).start)))
         yield wire.Answer(
             scores=wire.Scores(loss=scores.loss, accuracy=scores.accuracy, macro_f1=scores.macro_f1)
         )
@@ -182,7 +183,7 @@ class TrainerService(rpc.TrainerServicer):
         )
         layout = layout_from_bytes(task.layout)
         trainer = self._trainer(plan, task.dataset)
-        adapter = _adapter(asked, task, trainer.adapter_bytes(plan))
+        adapter = _adapter(asked, task, len(trainer.tuned(plan).start))
         return trainer, TrainRequest(
             plan=plan, attempt=attempt, draw=task.draw, adapter=adapter, layout=layout
         )
@@ -250,7 +251,7 @@ def _vector(
 def _failure(error: BaseException) -> wire.Failure:
     """A number for the agent; of a library's error not even the log gets the text."""
     if not isinstance(error, FedwardError):
-        _LOG.warning("a library failed: %s", type(error).__name__)
+        _LOG.warning("a library failed: %s", safe_repr(error))
         return wire.FAILURE_LIBRARY
     _LOG.warning("%s", error)
     for kind, failure in _FAILURES:

@@ -1,0 +1,94 @@
+"""The trainer of a site: confined, killed in the middle of a round, and nothing is lost by it."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedward.client.policy import Policy
+from fedward.client.remote_trainer import RemoteTrainer
+from fedward.client.sandbox import offline_environment
+from fedward.client.site_trainer import check_trained
+from fedward.client.trainer_process import TrainerProcess
+from fedward.errors import ModelError
+from tests.simulations import tiny
+
+ROOT = Path(__file__).parent.parent.parent
+SITES = {"a": 4, "b": 5, "c": 6}
+CHILD = """
+import os, socket, sys, time
+from pathlib import Path
+from fedward.client.sandbox import confine, seal
+cache, listening, marker = map(Path, sys.argv[1:])
+confine(cache)
+from fedward.client.trainer import LocalTrainer
+from fedward.client.trainer_service import serve
+from tests.simulations import tiny
+
+def make(plan, dataset, on_step):
+    def step(number):
+        if not marker.exists():
+            marker.touch()
+            time.sleep(60)
+        on_step(number)
+    try:
+        socket.socket()
+    except PermissionError:
+        return LocalTrainer(tiny.make_records("b", 5), key=tiny.key("b"), on_step=step)
+    raise AssertionError("it has a network")
+
+server = serve(listening, make)
+seal()
+sys.stdin.buffer.read()
+os._exit(0)
+"""
+
+
+def trainers():
+    return tiny.recorders({name: tiny.make_records(name, n) for name, n in SITES.items()})
+
+
+@pytest.mark.slow
+def test_a_trainer_killed_mid_round_changes_nothing(base, tmp_path, caplog):
+    """The very adapter of the undisturbed run, one reservation a round, and a clear word."""
+    plan = tiny.make_plan(base)
+    undisturbed = tiny.make_federation(tmp_path / "one", plan, trainers()).run()
+    sockets, marker = tmp_path / "s", tmp_path / "reached"
+    sockets.mkdir(mode=0o700)
+    cache = tmp_path / "cache"
+    arguments = [str(cache), str(sockets / "t.sock"), str(marker)]
+    process = TrainerProcess(
+        [sys.executable, "-c", CHILD, *arguments],
+        offline_environment(cache) | {"PYTHONPATH": str(ROOT)},
+    )
+    remote = RemoteTrainer(sockets / "t.sock", process=process)
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not marker.exists():
+            time.sleep(0.05)
+        killed.append(process.pid or 0)
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    mixed = {**trainers(), "b": tiny.Recorder(remote)}
+    disturbed = tiny.make_federation(tmp_path / "two", plan, mixed).run()
+    assert process.pid not in {None, *killed}
+    remote.close()
+    assert process.pid is None
+    assert disturbed == undisturbed
+    assert tiny.sent(tmp_path / "two", 1) == [(1, 1, 1), (2, 1, 1)]
+    assert "died at its task" in caplog.text
+
+
+def test_a_frozen_module_is_found_by_what_the_model_trains():
+    policy = Policy(max_epsilon=1.0, delta=1e-5, max_rounds=1, models=())
+    check_trained((("base.layers.0.q_proj.lora_A.default.weight", (2, 8)),), policy)
+    for name in ("base.embed_tokens.lora_A.default.weight", "base.lm_head.weight"):
+        with pytest.raises(ModelError, match="policy's frozen"):
+            check_trained(((name, (2, 8)),), policy)
