@@ -1,7 +1,42 @@
-"""Nothing in the tests may reach a hub."""
+"""Nothing in the tests may reach a hub, and no mask stream is ever put on two inputs."""
 
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
 import fedward  # noqa: F401  # switches telemetry off before any test imports a library
+
+# isort: split
+
+import hashlib
+from collections.abc import Sequence
+
+import pytest
+
+from fedward.aggregation import masks, site_session
+from fedward.aggregation.masks import Words
+
+USED: dict[tuple[bytes, str], bytes] = {}
+"""(key, sign) of every mask that any site of any test applied, to the input it was applied to."""
+
+
+def record(words: Words, keys: Sequence[bytes], sign: str) -> None:
+    """Two inputs under one mask give their difference away."""
+    fingerprint = hashlib.sha256(words.tobytes()).digest()
+    for key in keys:
+        before = USED.setdefault((key, sign), fingerprint)
+        assert before == fingerprint, "a mask stream covers two inputs"
+
+
+@pytest.fixture(autouse=True)
+def no_mask_is_reused(monkeypatch):
+    """Watch every site of this process, in all folders."""
+
+    def watched(
+        vector: Words, *, add: Sequence[bytes], subtract: Sequence[bytes], threads: int
+    ) -> None:
+        record(vector, add, "+")
+        record(vector, subtract, "-")
+        masks.apply_masks(vector, add=add, subtract=subtract, threads=threads)
+
+    monkeypatch.setattr(site_session, "apply_masks", watched)

@@ -10,10 +10,11 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedward.aggregation import cohort as cohort_module
 from fedward.aggregation import shamir
 from fedward.aggregation.envelopes import agree
 from fedward.aggregation.fixed_point import Grid
-from fedward.aggregation.graph import Thresholds
+from fedward.aggregation.graph import Thresholds, thresholds
 from fedward.aggregation.masks import apply_masks
 from fedward.aggregation.parameters import Limits
 from fedward.aggregation.session_memory import VolatileMemory
@@ -111,25 +112,31 @@ def test_a_block_boundary_and_threads():
         assert np.array_equal(rig.run().words, rig.plain_sum(rig.sites))
 
 
+LOST = {2: "R0", 3: "R1", 4: "R2", 5: "R3", 6: "R4"}
+
+
+def test_a_small_ring_with_losses_at_every_exchange(monkeypatch):
+    need = Thresholds(quorum=7, neighbours=6, threshold=2)
+    monkeypatch.setattr(cohort_module, "thresholds", lambda *_: need)
+    rig = make_rig(14, gone=LOST)
+    result = rig.run()
+    assert {len(rig.tally._cohort.graph.neighbours(s)) for s in rig.sites if s != 2} == {6}
+    assert result.cohort == tuple(site for site in rig.sites if site not in {2, 3, 4})
+    assert np.array_equal(result.words, rig.plain_sum(result.cohort))
+
+
 @pytest.mark.slow
 def test_the_ring():
-    """Above 128 sites, with losses at two exchanges."""
-    rig = make_rig(130, gone={3: "R1", 70: "R2", 71: "R2"}, dropouts=13)
+    """160 sites with the specification's own thresholds, losses at every exchange."""
+    lost = {10 * site + place: stage for site, stage in LOST.items() for place in range(3)}
+    rig = make_rig(160, gone=lost, dropouts=16, colluders=2, minimum=100)
     result = rig.run()
-    assert rig.tally._cohort.need.neighbours < 129
-    assert len(result.cohort) == 127
+    n = 160 - 3
+    assert rig.tally._cohort.need == thresholds(n, 2, 16)
+    assert rig.tally._cohort.need.neighbours < n - 1
+    assert len(result.cohort) == 160 - 9
     assert np.array_equal(result.words, rig.plain_sum(result.cohort))
-
-
-@pytest.mark.parametrize("lost", [{}, {4: "R2"}, {2: "R1", 8: "R2", 6: "R4"}])
-def test_a_small_ring(monkeypatch, lost):
-    """The ring's arithmetic, fast: eleven sites that see six neighbours each."""
-    need = Thresholds(quorum=6, neighbours=6, threshold=4)
-    monkeypatch.setattr("fedward.aggregation.cohort.thresholds", lambda *_: need)
-    rig = make_rig(11, gone=lost)
-    result = rig.run()
-    assert np.array_equal(result.words, rig.plain_sum(result.cohort))
-    assert all(len(rig.tally._cohort.graph.neighbours(s)) == 6 for s in rig.sites)
+    assert not np.array_equal(result.words, rig.plain_sum(rig.sites)), "negative control"
 
 
 def test_a_repeated_message_gets_the_same_bytes():
