@@ -7,7 +7,7 @@ later one is judged by a Rényi filter. Epsilon is never stored.
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -124,6 +124,11 @@ class Books:
                 ) from error
 
     @property
+    def cap(self) -> tuple[float, float]:
+        """Lifetime epsilon and delta."""
+        return self._epsilon, self._delta
+
+    @property
     def runs(self) -> tuple[str, ...]:
         """The names of all runs, oldest first."""
         return tuple(self._runs)
@@ -199,7 +204,23 @@ class Books:
                 return True
             return False
 
-        return bisect_left(range(1, most + 1), True, key=refused)
+        # PRV is dear and admits a little more than the filter does: begin where that one ends.
+        low, step = 0, 1
+        if not self._counting() and math.isfinite(self._epsilon):
+            low = bisect_left(range(1, most + 1), True, key=self._filter_refuses(events))
+        while low + step <= most and not refused(low + step):
+            low, step = low + step, 2 * step
+        return low + bisect_left(range(low + 1, min(low + step, most + 1)), True, key=refused)
+
+    def _filter_refuses(self, events: Sequence[Event]) -> Callable[[int], bool]:
+        def refuses(n: int) -> bool:
+            return renyi_epsilon([e.times(n) for e in events], self._delta) > self._epsilon
+
+        return refuses
+
+    def _counting(self) -> list[_Run]:
+        """The runs that released something, or still may: any other is as if it had not been."""
+        return [run for run in self._runs.values() if run.sent or not run.closed]
 
     def _cost(self, events: Sequence[Event], delta: float | None, *, several: bool) -> float:
         return (renyi_epsilon if several else epsilon)(
@@ -230,11 +251,8 @@ class Books:
         raise LedgerError(f"unknown kind of entry {kind!r}; a newer version wrote it")
 
     def _admit(self, new: tuple[Event, ...], run: str) -> tuple[float, bool]:
-        """The filter's order and whether PRV alone admits the run, or raise.
-
-        A run that released nothing and never will is as if it had not been.
-        """
-        others = [r for r in self._runs.values() if r.sent or not r.closed]
+        """The filter's order and whether PRV alone admits the run, or raise."""
+        others = self._counting()
         if math.isinf(self._epsilon):
             return 2.0, not others
         if not others:
