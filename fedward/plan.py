@@ -44,11 +44,14 @@ class Model:
         sha256: Hex digest over weights, configuration and tokenizer; sites refuse another model.
             A run fills it in when it starts.
         quantize: How the frozen base is held: ``none``, ``nf4`` or ``int8`` (bitsandbytes).
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping
+            them: less memory, about a third more time, the same update.
     """
 
     path: str
     sha256: str | None = None
     quantize: Literal["none", "nf4", "int8"] = "none"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -174,6 +177,8 @@ class Rounds:
         learning_rate: Step size of the local optimizer, > 0.
         optimizer: Local optimizer, new in every round: ``adamw`` or ``sgd``.
         deadline: Longest time a stage of a round may take: a number with s, m or h.
+        physical_batch: Most records in one backward pass, 1 to 4096, and never fewer than
+            ``records_per_unit``; a site may allow less. Decides memory, not the update.
     """
 
     count: int
@@ -184,6 +189,7 @@ class Rounds:
     spare: int = 2
     optimizer: Literal["adamw", "sgd"] = "adamw"
     deadline: str = "60m"
+    physical_batch: int = 64
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -198,6 +204,8 @@ class Rounds:
         _check(positive, "learning_rate", self.learning_rate, "a number above 0")
         shape = re.fullmatch(r"[1-9][0-9]{0,6}[smh]", self.deadline)
         _check(shape is not None, "deadline", self.deadline, "a number with s, m or h, like '60m'")
+        batch = self.physical_batch
+        _check(1 <= batch <= 4096, "physical_batch", batch, "1 to 4096 records")
 
     @property
     def deadline_seconds(self) -> int:

@@ -19,6 +19,7 @@ TYPES = {
     str: "text",
     int: "whole number",
     float: "number",
+    bool: "true or false",
     tuple: "list of text",
     Mapping: "name to number",
 }
@@ -49,6 +50,8 @@ def default_of(field: dataclasses.Field[Any]) -> str:
         return ""
     if field.default is dataclasses.MISSING:
         return "required"
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
     return f"`{list(field.default) if isinstance(field.default, tuple) else field.default}`"
 
 

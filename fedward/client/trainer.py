@@ -131,7 +131,8 @@ class LocalTrainer:
         key: 32 secret bytes from which noise and sampling derive. Only tests and simulations fix
             it; left out, it is drawn from the operating system.
         device: A torch device, for example ``cpu`` or ``cuda``.
-        physical_batch: Most examples in memory at once; does not change the result.
+        physical_batch: Most records in one backward pass where the plan allows more; decides
+            memory, not the update.
         model: The base model's folder, in place of the plan's path.
         on_step: Called after each step with its number from 1; what it raises ends the training.
 
@@ -310,7 +311,10 @@ def train_model(
         step,
         steps=steps,
         stream=stream,
-        physical_batch=physical_batch,
+        # A unit's records stay together, whatever the memory.
+        physical_batch=max(
+            plan.privacy.records_per_unit, min(physical_batch, plan.rounds.physical_batch)
+        ),
         on_step=on_step,
     )
     if 0 < facts.units == facts.non_finite:

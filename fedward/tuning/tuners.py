@@ -61,6 +61,8 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 by the old name.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            if plan.model.gradient_checkpointing:
+                base.activation_checkpointing_enable({"use_reentrant": False})
             model = get_peft_model(base, configuration)
     except (ValueError, TypeError, NotImplementedError, AttributeError, ImportError) as error:
         raise ConfigurationError(f"[tuner] PEFT refuses it: {error}") from error

@@ -120,6 +120,59 @@ def test_the_noise_has_the_plans_scale(base):
         assert abs(noise_of_one_step(base, factor=factor) - 1) > tolerance, "negative control"
 
 
+def moved(plan: Plan, **options: Any) -> Vector:
+    """What two steps without noise, which everybody is drawn for, change."""
+    tuned = tuned_model(plan)
+    load_adapter(tuned.model, from_bytes(tuned.start))
+    before = flatten(tuned.model)
+    records = tiny.make_records("a", 6)
+    module.train_model(
+        tuned.model,
+        records.units,
+        encode(records, tuned.tokenizer, plan),
+        plan,
+        dataclasses.replace(mechanism(plan), sampling_rate=1.0, noise_multiplier=0.0),
+        steps=2,
+        stream=SecureStream(bytes(32)),
+        **options,
+    )
+    return flatten(tuned.model) - before
+
+
+def test_memory_settings_change_passes_and_no_update(base, monkeypatch):
+    rounds = tiny.make_rounds(optimizer="sgd", learning_rate=1.0)
+    plain = tiny.make_plan(base, rounds=rounds)
+    passes: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        passes.append(len(args[1]["input_ids"]))
+        return loss_per_example(*args)
+
+    monkeypatch.setattr(module, "loss_per_example", counted)
+    small = dataclasses.replace(plain, rounds=dataclasses.replace(rounds, physical_batch=1))
+    model = dataclasses.replace(plain.model, gradient_checkpointing=True)
+    whole = moved(plain)
+    one_pass = max(passes)
+    assert np.abs(whole).max() > 1e-3
+    most = plain.privacy.records_per_unit
+    for plan, options in (
+        (small, {}),
+        (plain, {"physical_batch": 1}),  # a site's own limit
+        (dataclasses.replace(plain, model=model), {}),
+    ):
+        passes.clear()
+        assert np.abs(moved(plan, **options) - whole).max() < 1e-6 * np.abs(whole).max()
+        assert max(passes) == one_pass if plan.model == model else max(passes) <= most < one_pass
+
+
+def test_checkpointing_is_really_on(base):
+    plan = tiny.make_plan(base)
+    model = dataclasses.replace(plan.model, gradient_checkpointing=True)
+    for asked, of in ((False, plan), (True, dataclasses.replace(plan, model=model))):
+        modules = tuned_model(of).model.modules()
+        assert any(vars(m).get("gradient_checkpointing") for m in modules) == asked
+
+
 def test_a_loss_that_is_no_number_gives_noise_and_the_same_answer(plan, monkeypatch):
     """Whether a patient breaks the loss is the patient's secret: the site answers all the same."""
     expected = update(plan, tiny.make_records("a", 4))
