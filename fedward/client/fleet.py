@@ -57,7 +57,7 @@ _LOG = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 15
 """Flower takes a node for offline after twice this time without a sign of life."""
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0
 _BUSY_POLL, _IDLE_POLL, _BUSY_SECONDS = 0.1, 1.0, 30.0
 _OBJECT_SECONDS = 180.0
 

@@ -21,14 +21,14 @@ class CoordinatorConfig:
         host: DNS name or IP address that sites connect to; the server certificate names it.
         port: The public port, 1 to 65535: enrolment and Flower's Fleet API, nothing else.
         listen: Address that the public port is bound to.
-        internal_port: Port on loopback for Flower's control and runtime APIs; 0: the one after
-            ``port``.
+        away: Seconds that a round waits for sites which are away, once all others have answered;
+            0 to 3600.
     """
 
     host: str
     port: int = 9443
     listen: str = "0.0.0.0"  # noqa: S104  # sites come from outside
-    internal_port: int = 0
+    away: int = 30
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -38,8 +38,8 @@ class CoordinatorConfig:
             raise InvalidValue("listen", self.listen, "an IP address")
         if not 1 <= self.port < 2**16:
             raise InvalidValue("port", self.port, "1 to 65535")
-        if not 0 <= self.internal_port < 2**16 or self.internal_port == self.port:
-            raise InvalidValue("internal_port", self.internal_port, "0 to 65535, and not port")
+        if not 0 <= self.away <= 3600:
+            raise InvalidValue("away", self.away, "0 to 3600")
 
     @property
     def address(self) -> str:
@@ -106,11 +106,6 @@ class CoordinatorFolder:
     def fleet_database(self) -> Path:
         """The database of Flower's SuperLink."""
         return self.root / "superlink.sqlite"
-
-    @property
-    def superexec_secret(self) -> Path:
-        """The secret between SuperLink and its own executor."""
-        return self.root / "superexec-secret"
 
     @property
     def runs(self) -> Path:

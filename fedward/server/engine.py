@@ -26,9 +26,6 @@ _LOG = logging.getLogger(__name__)
 FRESH_SECONDS = 15.0
 """A run whose last sign of life is older than this is not shown as running."""
 
-PATIENCE_SECONDS = 30.0
-"""How long an attempt waits for its last sites once the minimum is there."""
-
 _LOOK_SECONDS = 0.2
 
 
@@ -57,17 +54,10 @@ class Engine:
     Args:
         folder: The coordinator's.
         stop: Ends the work at the next look; the open run goes on at the next start.
-        patience: Seconds that an attempt waits for its last sites.
     """
 
-    def __init__(
-        self,
-        folder: CoordinatorFolder,
-        stop: threading.Event,
-        *,
-        patience: float = PATIENCE_SECONDS,
-    ) -> None:
-        self._folder, self._stop, self._patience = folder, stop, patience
+    def __init__(self, folder: CoordinatorFolder, stop: threading.Event) -> None:
+        self._folder, self._stop, self._away = folder, stop, folder.config().away
         self._book = RunBook(folder.runs)
         self._state = open_state(folder.fleet_database)
         self._sign = Sign(run=None, activity="starting", at=time.monotonic())
@@ -111,7 +101,7 @@ class Engine:
             keys = {member.id: member.fleet_key for member in members.all() if not member.revoked}
         nodes = admit_nodes(self._state, keys)
         store = RunStore(self._folder.runs)
-        grid = LinkGrid(self._state, on_look=lambda: self._look(run.name))
+        grid = LinkGrid(self._state, grace=self._away, on_look=lambda: self._look(run.name))
 
         def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
             self._beat(run.name, f"round {attempt.round}: {_WORDS[phase]}")
@@ -139,7 +129,7 @@ class Engine:
         self, run: Run, grid: LinkGrid, nodes: Mapping[int, int], number: int
     ) -> None:
         """Wait for the minimum of sites for as long as it takes, and for the others a while."""
-        minimum, last = run.plan.cohort.minimum, time.monotonic() + self._patience
+        minimum, last = run.plan.cohort.minimum, time.monotonic() + self._away
         while True:
             there = len(set(grid.get_node_ids()).intersection(nodes.values()))
             if there == len(nodes) or (there >= minimum and time.monotonic() > last):

@@ -54,9 +54,6 @@ from fedward.server.enrolment import AsgiApp
 
 _LOG = logging.getLogger(__name__)
 
-GRACE_SECONDS = 20.0
-"""How long a site may be away in the middle of an exchange before it counts as gone."""
-
 _DELIVERIES = 3
 _BEAT_SECONDS = 10.0
 _BUSY_WAITS = (0.2, 0.5, 1.0, 2.0)
@@ -159,11 +156,10 @@ def _flower_key(text: str) -> bytes:
 
 @dataclass
 class _Pending:
-    """A message on its way: what was sent, since when its site is away, its reply's header."""
+    """A message on its way: what was sent, when its site last said hello, its reply's header."""
 
     message: Message
     activation: str
-    away_since: float | None = None
     reply: Message | None = None
     deliveries: int = 1
 
@@ -172,7 +168,8 @@ class LinkGrid(Grid):
     """A Flower ``Grid`` over the SuperLink's database, for the process of the round engine.
 
     A site that went away and came back in the middle of an exchange gets its message again (Flower
-    delivers once); one that is away for longer than ``grace`` counts as unavailable.
+    delivers once). Sites that are away count as unavailable when all others have answered and
+    ``grace`` is over.
 
     Args:
         state: Flower's database.
@@ -187,11 +184,12 @@ class LinkGrid(Grid):
         self,
         state: LinkState,
         *,
-        grace: float = GRACE_SECONDS,
+        grace: float = 30.0,
         on_look: Callable[[], None] = lambda: None,
     ) -> None:
         self._state, self._grace, self._on_look = state, grace, on_look
         self._pending: dict[str, _Pending] = {}
+        self._only_away_since: float | None = None
         self._closed = threading.Event()
         self._run, self._task = _open_run(state)
         TaskIdentity.run_id, TaskIdentity.task_id = self._run.run_id, self._task
@@ -297,22 +295,26 @@ class LinkGrid(Grid):
         return {node.node_id: node.last_activated_at for node in self._state.get_node_info()}
 
     def _look(self, asked: Mapping[str, _Pending]) -> None:
-        """Note the replies that Flower has, and since when it misses a site."""
+        """Note the replies that Flower has, and since when only sites that are away are missing."""
         waiting = {number for number, pending in asked.items() if pending.reply is None}
         take = partial(self._state.get_message_res, run_id=self._run.run_id)
         replies = _retry_busy(lambda: take(set(waiting)))
-        now, away = time.monotonic(), set[str]()
+        now, away = time.monotonic(), dict[str, Message]()
         for reply in replies:
             number = reply.metadata.reply_to_message_id
             if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                away.add(number)
-                asked[number].away_since = since = asked[number].away_since or now
+                away[number] = reply
                 self._state.object_store.delete(reply.metadata.message_id)  # made at every look
-                if now - since < self._grace:
-                    continue
-            asked[number].reply = reply
-        for number in waiting - away:
-            asked[number].away_since = None
+            else:
+                asked[number].reply = reply
+        missing = {number for number in waiting if asked[number].reply is None}
+        if missing != away.keys():
+            self._only_away_since = None
+        elif away:
+            self._only_away_since = self._only_away_since or now
+            if now - self._only_away_since >= self._grace:
+                for number, reply in away.items():
+                    asked[number].reply = reply
 
     def _redeliver(self, asked: Mapping[str, _Pending]) -> None:
         """Send again what a site that started anew has lost: it answers the same letter alike."""

@@ -66,7 +66,8 @@ def test_the_address_is_the_one_that_sites_use(host, address):
         {"listen": "localhost"},
         {"port": 0},
         {"port": 70000},
-        {"internal_port": 9443},
+        {"away": -1},
+        {"away": 4000},
     ],
 )
 def test_a_senseless_configuration_is_refused(change):

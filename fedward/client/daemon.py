@@ -1,0 +1,154 @@
+"""``fedward site run``: the resident agent of one site, until it is told to stop.
+
+A change of ``policy.toml`` or of the pinned roster takes effect between two letters: the agent is
+built anew from its folder, as after a restart. The trainer, and the model in it, stay.
+"""
+
+import contextlib
+import fcntl
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+from fedward.client.agent import Agent
+from fedward.client.app import client_app
+from fedward.client.approval import Consent
+from fedward.client.codes import reason_of
+from fedward.client.enrol import fetch_roster, offer_roster, own_membership, pinned_roster
+from fedward.client.fleet import Office, stay_connected
+from fedward.client.journal import Journal
+from fedward.client.memory import SiteMemory
+from fedward.client.policy import load_policy
+from fedward.client.site_folder import SiteFolder
+from fedward.client.trainer import Trainer
+from fedward.errors import ConfigurationError, IdentityError, Unreachable
+from fedward.privacy.ledger import Ledger
+
+_LOG = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
+_ROSTER_SECONDS = 60.0
+
+OnState = Callable[[str], None]
+"""Told ``connected`` or ``disconnected`` at every change."""
+
+
+def run_site(
+    folder: SiteFolder,
+    trainer: Trainer,
+    stop: threading.Event,
+    *,
+    on_state: OnState = lambda _: None,
+    key: bytes | None = None,
+) -> None:
+    """Answer the coordinator until told to stop; a round in hand is finished first.
+
+    Args:
+        folder: The site's; it is enrolled and has a policy.
+        trainer: The process that holds data and model.
+        stop: Ends the work.
+        on_state: See :data:`OnState`.
+        key: 32 secret bytes from which rounding derives; only tests fix it.
+
+    Raises:
+        ConfigurationError: The site is not enrolled, has no policy, or another process runs it.
+        IdentityError: The roster does not name this site.
+        LedgerError: Ledger, memory or journal are broken.
+    """
+    with _alone(folder):
+        while not stop.is_set():
+            changed = threading.Event()
+            with _agent(folder, trainer, key) as (agent, journal):
+                journal.record("started")
+                watch = threading.Thread(
+                    target=_watch, args=(folder, stop, changed), name="folder", daemon=True
+                )
+                watch.start()
+                try:
+                    stay_connected(client_app(agent), _office(folder), changed, on_state)
+                finally:
+                    changed.set()
+                    watch.join()
+                journal.record("stopped" if stop.is_set() else "policy or roster changed")
+
+
+@contextlib.contextmanager
+def _alone(folder: SiteFolder) -> Iterator[None]:
+    """Hold the folder: two agents with one key would disturb each other's sessions."""
+    with (folder.root / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigurationError(f"{folder.root}: another process runs this site") from error
+        yield
+
+
+@contextlib.contextmanager
+def _agent(
+    folder: SiteFolder, trainer: Trainer, key: bytes | None
+) -> Iterator[tuple[Agent, Journal]]:
+    """The agent as its folder makes it; its files are let go at the end."""
+    identity, roster, policy = folder.identity(), pinned_roster(folder), load_policy(folder.policy)
+    with contextlib.ExitStack() as files:
+        ledger = Ledger.open(
+            folder.ledger, identity, epsilon=policy.max_epsilon, delta=policy.delta
+        )
+        files.callback(ledger.close)
+        memory = SiteMemory.open(folder.memory, identity, ledger)
+        files.callback(memory.close)
+        journal = files.enter_context(Journal(folder.journal, identity))
+        agent = Agent(
+            site=own_membership(folder, roster).id,
+            identity=identity,
+            roster=roster,
+            policy=policy,
+            ledger=ledger,
+            memory=memory,
+            trainer=trainer,
+            consent=Consent(policy, folder),
+            journal=journal,
+            key=key,
+        )
+        yield agent, journal
+
+
+def _office(folder: SiteFolder) -> Office:
+    address = folder.config().address
+    if address is None:
+        raise ConfigurationError(f"{folder.root}: not enrolled yet; run fedward site enrol TOKEN")
+    return Office(
+        address=address.removeprefix("https://"),
+        ca=folder.ca,
+        key=folder.fleet_key,
+        note=folder.root / "node.json",
+    )
+
+
+def _watch(folder: SiteFolder, stop: threading.Event, changed: threading.Event) -> None:
+    """Set ``changed`` when the site has to stop, or its policy or roster is another one."""
+    before, looks = _said(folder), 0
+    while not (stop.is_set() or changed.wait(_LOOK_SECONDS)):
+        if looks % int(_ROSTER_SECONDS / _LOOK_SECONDS) == 0:
+            _ask_for_roster(folder)
+        looks += 1
+        if _said(folder) != before:
+            break
+    changed.set()
+
+
+def _said(folder: SiteFolder) -> list[bytes]:
+    """The files that decide what the agent does."""
+    files = (folder.policy, folder.roster, folder.config_file)
+    return [path.read_bytes() if path.exists() else b"" for path in files]
+
+
+def _ask_for_roster(folder: SiteFolder) -> None:
+    """See whether the coordinator has a newer roster; it waits for approval unless policy says."""
+    try:
+        automatic = load_policy(folder.policy).automatic_roster
+        if offer_roster(folder, fetch_roster(folder), automatic=automatic) == "waiting":
+            _LOG.warning("a newer roster waits for approval: fedward site roster --approve")
+    except Unreachable:
+        _LOG.debug("no roster could be fetched")  # the connection says so aloud
+    except (ConfigurationError, IdentityError) as error:
+        _LOG.warning("the coordinator's roster is not taken: %s", reason_of(error))

@@ -1,0 +1,1 @@
+"""The federation as separate processes over a real network, killed at will."""
