@@ -76,7 +76,8 @@ class Report:
         plan: The frozen plan.
         scores: Held-out scores of every way of training.
         epsilon: Site name to what its patients' budget was charged in all, at the plan's delta.
-        bytes_up: Site name to bytes that it sent.
+        bytes_up: Site name to bytes that it sent, repeated attempts included; what it had sent in a
+            round that a kill interrupted is not counted.
         rounds: Completed rounds.
         seconds: Wall-clock time of everything.
         curves: Way of training to its score before the first and after every round.
@@ -245,7 +246,8 @@ def _site_table(facts: Report) -> str:
         for number, cohort in enumerate(facts.cohorts, 1)
         if (gone := [site for site in facts.epsilon if site not in cohort])
     ]
-    return _table([head, *body]) + "".join(f"<p>{line}</p>" for line in missed)
+    counted = "Bytes up leave out what a site had sent in a round that a kill interrupted."
+    return _table([head, *body]) + "".join(f"<p>{line}</p>" for line in [*missed, counted])
 
 
 def _seen(seen: Seen | None) -> str:
