@@ -116,6 +116,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("model", "path", [""], "a folder or hub id"),
     ("model", "sha256", ["", "0" * 63, "A" * 64, "0" * 64 + "\n"], "64 lower-case hex digits"),
     ("model", "quantize", ["int4", 8], "one of 'none', 'nf4', 'int8'"),
+    ("model", "gradient_checkpointing", [1, "yes"], "true or false"),
     ("tuner", "method", ["Lora", 1], "one of 'lora'"),
     ("tuner", "r", [math.nan], "text, numbers, true, false, or lists of them"),
     ("task", "objective", ["dpo"], "one of 'sft', 'classify'"),
@@ -143,6 +144,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("rounds", "learning_rate", [0.0, -1.0, math.inf], POSITIVE),
     ("rounds", "optimizer", ["adam"], "one of 'adamw', 'sgd'"),
     ("rounds", "deadline", ["", "60", "0m", "-5m", "1d", "1.5h", "12345678s"], "like '60m'"),
+    ("rounds", "physical_batch", [0, 4097], "1 to 4096 records"),
     ("cohort", "minimum", [-3, 2, 100001], "3 to 100000 with 1 colluders"),
     ("cohort", "colluders", [-1], "0 or more"),
     ("aggregation", "scheme", ["mean"], "one of 'fedavg', 'ffa'"),
@@ -168,6 +170,7 @@ ACCEPTED: list[tuple[Any, ...]] = [
     ("rounds", "sampling_rate", [5e-324, 1, 1.0]),
     ("rounds", "normaliser", [1, 1e300]),
     ("rounds", "deadline", ["1s", "9999999h"]),
+    ("rounds", "physical_batch", [1, 4096]),
     ("cohort", "minimum", [3, 100000]),
     ("cohort", "colluders", [0, 1]),
     ("privacy", "epsilon", [0.01, math.inf]),
@@ -365,14 +368,16 @@ def test_the_hash_of_a_plan_is_fixed(file, full):
         b'"data":{"completion":null,"label":"label","messages":null,"prompt":null,"site":null,'
         b'"split":null,"template":null,"text":"text","unit":null},'
         b'"metrics":null,"mode":"local",'
-        b'"model":{"path":"base","quantize":"none","sha256":null},"name":"ward",'
+        b'"model":{"gradient_checkpointing":false,"path":"base","quantize":"none","sha256":null},'
+        b'"name":"ward",'
         b'"privacy":{"clip":1.0,"delta":1e-06,"epsilon":8.0,"records_per_unit":4},'
         b'"rounds":{"count":2,"deadline":"60m","learning_rate":0.1,"normaliser":8.0,'
-        b'"optimizer":"adamw","sampling_rate":0.5,"spare":2,"steps":3},"seed":0,'
+        b'"optimizer":"adamw","physical_batch":64,"sampling_rate":0.5,"spare":2,"steps":3},'
+        b'"seed":0,'
         b'"task":{"labels":[],"max_length":512,"objective":"sft"},'
         b'"tuner":{"arguments":{},"method":"lora"}}'
     )
-    assert full.hash().hex() == "b80f0008c1d75a34eb8584f3ed2ba0534fea68c01494a0379212b89da85a330f"
+    assert full.hash().hex() == "4a02989c44736a0a8a7458560c612ddae196aba4af3b0e4370ffa50c9e69fc25"
 
 
 CHANGES: dict[str, list[dict[str, Any]]] = {
@@ -386,7 +391,13 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"aggregation": Aggregation()},
         {"privacy": Privacy()},
     ],
-    "model": [{"path": "other"}, {"sha256": None}, {"sha256": "0" * 64}, {"quantize": "int8"}],
+    "model": [
+        {"path": "other"},
+        {"sha256": None},
+        {"sha256": "0" * 64},
+        {"quantize": "int8"},
+        {"gradient_checkpointing": True},
+    ],
     "tuner": [{"arguments": {}}, {"arguments": {"r": 8}}, {"arguments": {"r": 8.0}}],
     "task": [{"objective": "sft"}, {"max_length": 64}, {"labels": ("no", "yes")}],
     "data": [
@@ -407,6 +418,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"learning_rate": 3e-4},
         {"optimizer": "adamw"},
         {"deadline": "91s"},
+        {"physical_batch": 32},
     ],
     "cohort": [{"minimum": 5}, {"colluders": 1}],
     "aggregation": [
