@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedward.aggregation import cohort, envelopes, fixed_point, site_session, wire
+from fedward.aggregation import cohort, envelopes, fixed_point, shamir, site_session, wire
 from fedward.aggregation.cohort import Cohort, PinnedKeys
 from fedward.aggregation.fixed_point import Grid, encode
 from fedward.aggregation.parameters import SessionParameters
@@ -599,3 +599,30 @@ def test_twin_a_key_of_low_order_makes_a_mask_that_everybody_knows(monkeypatch):
     rig.answer("R2", VICTIM, rig.tally.close_shares()[VICTIM])
     known = pair_mask_key(bytes(32), rig.tally._cohort.session, VICTIM, 2, rig.tally._u2_hash)
     assert (known, "+") in conftest.USED
+
+
+def lie_about_the_seed(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """Site 2 deals site 3 a share that lies on no polynomial with the others, and commits to it."""
+    split, calls = shamir.split, list[bytes]()
+
+    def lying(secret: bytes, **options: Any) -> list[bytes]:
+        shares = split(secret, **options)
+        calls.append(secret)
+        if len(calls) == 3:  # each dealer shares its seed, then its key; site 2 is the second
+            shares[2] = bytes(33)
+        return shares
+
+    monkeypatch.setattr(shamir, "split", lying)
+    return make_rig(4)
+
+
+def test_shares_on_no_polynomial_name_the_dealer(monkeypatch):
+    with pytest.raises(SiteFault, match="site 2: it shared something else"):
+        lie_about_the_seed(monkeypatch).run()
+
+
+def test_twin_without_the_seed_s_commitment(monkeypatch):
+    """The sum comes out, and it is wrong."""
+    without(monkeypatch, Tally, "_join", "not holds")
+    rig = lie_about_the_seed(monkeypatch)
+    assert not np.array_equal(rig.run().words, rig.plain_sum(rig.sites))
