@@ -105,7 +105,7 @@ def _lacking(plan: Plan, policy: Policy, approval: Approval | None) -> list[str]
 def _changed(folder: SiteFolder, policy: Policy) -> list[str]:
     """The file on the disk is the site's word; the process may have read an older one."""
     if load_policy(folder.policy).hash() != policy.hash():
-        return ["policy.toml has changed since this process read it: restart fedward site run"]
+        return ["policy.toml has changed since this process read it; the next task finds the new one"]
     return []
 
 

@@ -17,7 +17,6 @@ from fedward.client.site_folder import SiteFolder, check_site_name
 from fedward.errors import ConfigurationError, InvalidValue, ModelError
 from fedward.plan import Plan
 from fedward.private_files import write_private
-from fedward.tuning.models import fingerprint
 from fedward.tuning.records import (
     Records,
     check_column,
@@ -176,6 +175,8 @@ def add_model(folder: SiteFolder, path: Path) -> str:
     Raises:
         ModelError: It is not the folder of a model.
     """
+    from fedward.tuning.models import fingerprint  # loads torch, which reading records does not
+
     digest = fingerprint(path)
     link = folder.models / digest
     link.unlink(missing_ok=True)

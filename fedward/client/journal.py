@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json
@@ -22,10 +22,11 @@ from fedward.client.policy import Policy
 from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError, LedgerError, LedgerRolledBack, SiteCode
 from fedward.identity import Identity
-from fedward.messages import Letter
 from fedward.plan import Plan
-from fedward.privacy.chain import Chain, read_lines
-from fedward.privacy.ledger import PURPOSE as LEDGER
+from fedward.privacy.chain import LEDGER, Chain, read_lines
+
+if TYPE_CHECKING:
+    from fedward.messages import Letter  # which loads Flower; commands start without it
 
 _PURPOSE = "fedward journal"
 
@@ -90,7 +91,7 @@ class Journal:
         self.close()
 
 
-def answer_facts(letter: Letter, code: SiteCode, parts: Mapping[str, bytes]) -> dict[str, Json]:
+def answer_facts(letter: "Letter", code: SiteCode, parts: Mapping[str, bytes]) -> dict[str, Json]:
     """What the journal says of one answer: what was asked, the code, and the sizes that left."""
     return {
         "action": letter.action,

@@ -25,6 +25,9 @@ from fedward.canonical import Json, canonical_json
 from fedward.errors import IdentityError, LedgerError, LedgerRolledBack
 from fedward.identity import Identity, verify
 
+LEDGER = "fedward ledger"
+"""Purpose of the lines of a ledger."""
+
 _ZEROS = "0" * 64
 _SALT_BYTES = 16
 _FIELDS = {"entry", "h", "prev", "salt", "seq", "sig"}

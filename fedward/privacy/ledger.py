@@ -19,9 +19,7 @@ from fedward.errors import InvalidValue, LedgerError
 from fedward.identity import Identity
 from fedward.privacy.accounting import Event, merged
 from fedward.privacy.books import Books, to_entry
-from fedward.privacy.chain import Chain, read_lines
-
-PURPOSE = "fedward ledger"
+from fedward.privacy.chain import LEDGER, Chain, read_lines
 
 
 class Ledger(Books):
@@ -49,7 +47,7 @@ class Ledger(Books):
         Raises:
             LedgerError: See :class:`~fedward.privacy.chain.Chain`.
         """
-        chain = Chain(path, identity, purpose=PURPOSE)
+        chain = Chain(path, identity, purpose=LEDGER)
         try:
             return cls(chain, epsilon=epsilon, delta=delta)
         except (LedgerError, InvalidValue):
@@ -199,7 +197,7 @@ def read_books(path: Path, public_key: bytes, *, epsilon: float, delta: float) -
         data = path.read_bytes()
     except OSError as error:
         raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
-    lines = read_lines(data, public_key, purpose=PURPOSE, path=path)
+    lines = read_lines(data, public_key, purpose=LEDGER, path=path)
     return Books([entry for entry, _ in lines], epsilon=epsilon, delta=delta)
 
 
