@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedward.client.audit_cli import DEFAULT_SITE, JsonOption, SiteOption, audit_app, who
 from fedward.client.daemon_cli import daemon_app
+from fedward.client.operations_cli import operations_app
 from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.errors import ConfigurationError
 
@@ -30,6 +31,7 @@ site_app.add_typer(model_app, name="model")
 site_app.add_typer(policy_app, name="policy")
 site_app.add_typer(audit_app)
 site_app.add_typer(daemon_app)
+site_app.add_typer(operations_app)
 
 _PlanArgument = Annotated[
     str,

@@ -1,14 +1,20 @@
 """``fedward site train-service``, ``doctor``, ``status`` and ``dry-run``: for those who run it."""
 
+import dataclasses
+import json
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
-from fedward.client.audit_cli import DEFAULT_SITE, SiteOption
+from fedward.client.audit_cli import DEFAULT_SITE, JsonOption, SiteOption
 from fedward.client.sandbox import confine
 from fedward.client.site_folder import SiteFolder
 
 operations_app = typer.Typer()
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @operations_app.command("train-service")
@@ -28,3 +34,50 @@ def train_service(
     from fedward.client.site_trainer import run_trainer  # no library before the sandbox
 
     run_trainer(folder, child=child)
+
+
+@operations_app.command()
+def doctor(site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False) -> None:
+    """Look at everything that can keep the site from training, and say what to do about it.
+
+    It connects to the coordinator, reads the records, hashes the models and verifies the ledger; it
+    changes nothing. Exit code 0: nothing failed; 1: something did.
+    """
+    from fedward.client.doctor import examine
+
+    console, failed, shown = Console(highlight=False, soft_wrap=True), False, []
+    for finding in examine(SiteFolder.load(site)):
+        failed = failed or finding.verdict == "fail"
+        shown.append(dataclasses.asdict(finding))
+        if not json_output:
+            colour = _COLOURS[finding.verdict]
+            mark = f"[{colour}]{finding.verdict:4}[/{colour}]"
+            console.print(f"{mark}  {finding.check:14}  {escape(finding.says)}")
+            if finding.do:
+                console.print(f"{'':22}→ {escape(finding.do)}")
+    if json_output:
+        typer.echo(json.dumps(shown, indent=2))
+    raise typer.Exit(1 if failed else 0)
+
+
+@operations_app.command()
+def status(site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False) -> None:
+    """What the site is doing, and what its patients have spent.
+
+    Nothing is shown as running without a sign of life in the last 20 seconds. Exit code 0: it
+    runs; 1: it does not.
+    """
+    from fedward.client.status import site_status
+
+    found = site_status(SiteFolder.load(site))
+    if json_output:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        age = "" if found.silent_seconds is None else f", heard {found.silent_seconds:.0f} s ago"
+        connected = "connected" if found.connected else "not connected"
+        typer.echo(f"{found.site}: {found.state}{age}; {connected}")
+        if found.training:
+            typer.echo(f"training: step {found.step}")
+        cap = "no policy" if found.max_epsilon is None else f"of {found.max_epsilon:g}"
+        typer.echo(f"epsilon {found.epsilon_spent:.3f} {cap}; {found.rounds_sent} rounds sent")
+    raise typer.Exit(0 if found.state == "running" else 1)

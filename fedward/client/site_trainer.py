@@ -68,7 +68,7 @@ def run_trainer(folder: SiteFolder, *, child: bool) -> None:
         ConfigurationError: It cannot listen, or the system has no sandbox.
     """
     if folder.config().device.startswith("cuda"):
-        torch.cuda.init()  # while the driver may still open what it needs
+        torch.empty(0, device=folder.config().device)  # while the driver may still open sockets
     server = serve(folder.trainer_socket, trainer_maker(folder))
     _tell_systemd("READY=1")
     seal()

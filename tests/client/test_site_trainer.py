@@ -55,7 +55,8 @@ def trainers():
 @pytest.mark.slow
 def test_a_trainer_killed_mid_round_changes_nothing(base, tmp_path, caplog):
     """The very adapter of the undisturbed run, one reservation a round, and a clear word."""
-    plan = tiny.make_plan(base)
+    # Nobody's deadline, or a slow machine would make the coordinator try again.
+    plan = tiny.make_plan(base, rounds=tiny.make_rounds(deadline="30m"))
     undisturbed = tiny.make_federation(tmp_path / "one", plan, trainers()).run()
     sockets, marker = tmp_path / "s", tmp_path / "reached"
     sockets.mkdir(mode=0o700)
@@ -83,6 +84,8 @@ def test_a_trainer_killed_mid_round_changes_nothing(base, tmp_path, caplog):
     assert process.pid is None
     assert disturbed == undisturbed
     assert tiny.sent(tmp_path / "two", 1) == [(1, 1, 1), (2, 1, 1)]
+    kinds = [entry["kind"] for entry in tiny.ledger_entries(tmp_path / "two", 1)]
+    assert kinds.count("reserve") == 2, "the killed update's reservation served the next"
     assert "died at its task" in caplog.text
 
 
