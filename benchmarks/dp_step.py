@@ -10,8 +10,9 @@ same turn, so that a busy machine slows both. Wall and CPU time (of all threads 
 reported: median and quartiles over turns. Memory is what a step holds at most beyond weights and
 optimizer states, counted exactly. One torch thread. Ways that cannot do a case say why.
 
-    python benchmarks/dp_step.py --quick --json      # under 2 minutes
+    python benchmarks/dp_step.py --quick --json      # sizes xs and s, under 2 minutes
     python benchmarks/dp_step.py --json              # sizes xs, s, m with all checkpointing
+    python benchmarks/dp_step.py --ways ours hooks   # besides plain
     python benchmarks/dp_step.py --device cuda --sizes 8b --checkpointing non-reentrant
 """
 
@@ -38,8 +39,8 @@ from stepping.memory import peak
 from stepping.models import CHECKPOINTING, SIZES, Losses, build, records
 from stepping.ways import WAYS, Step
 
-TURNS = {"xs": 60, "s": 30, "m": 12, "8b": 12}
-QUICK = {"xs": 10, "s": 5, "m": 3, "8b": 3}
+TURNS = {"xs": 40, "s": 16, "m": 8, "8b": 12}
+QUICK = {"xs": 8, "s": 4, "m": 3, "8b": 3}
 GOAL = {"time": 1.05, "memory": 1.03}
 
 Case = dict[str, Any]
@@ -70,14 +71,16 @@ def timed(step: Step, device: str) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - spent
 
 
-def prepare(size: str, checkpointing: str, device: str) -> tuple[dict[str, Step], dict[str, Case]]:
+def prepare(
+    ways: list[str], size: str, checkpointing: str, device: str
+) -> tuple[dict[str, Step], dict[str, Case]]:
     """The ways that can take two steps, and why the others cannot."""
     steps: dict[str, Step] = {}
     refused: dict[str, Case] = {}
     losses = Losses(records(SIZES[size]), device)
-    for name, way in WAYS.items():
+    for name in ways:
         try:
-            step = way(build(SIZES[size], checkpointing, device), losses, SIZES[size].batch)
+            step = WAYS[name](build(SIZES[size], checkpointing, device), losses, SIZES[size].batch)
             for _ in range(2):
                 step()
         except (RuntimeError, ValueError, AttributeError, IndexError, KeyError) as error:
@@ -96,9 +99,11 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def case(size: str, checkpointing: str, device: str, turns: int) -> dict[str, Case]:
+def case(
+    ways: list[str], size: str, checkpointing: str, device: str, turns: int
+) -> dict[str, Case]:
     """Every way in one case: time and memory over plain's."""
-    steps, found = prepare(size, checkpointing, device)
+    steps, found = prepare(ways, size, checkpointing, device)
     held = {name: peak(step, device) for name, step in steps.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     order = np.random.default_rng(0)
@@ -115,7 +120,7 @@ def case(size: str, checkpointing: str, device: str, turns: int) -> dict[str, Ca
             "megabytes": held[name] / 1e6,
             "memory": held[name] / held["plain"],
         }
-    return {name: found[name] for name in WAYS}
+    return {name: found[name] for name in ways}
 
 
 def show(name: str, found: Mapping[str, Case]) -> None:
@@ -136,7 +141,7 @@ def show(name: str, found: Mapping[str, Case]) -> None:
 
 def worst(cases: Mapping[str, Mapping[str, Case]], way: str, key: str) -> float | None:
     """The largest ratio of a way over all cases that it can do."""
-    done = [found[way] for found in cases.values() if key in found[way]]
+    done = [found[way] for found in cases.values() if key in found.get(way, {})]
     values = [figures[key] if key == "memory" else figures[key]["median"] for figures in done]
     return max(values, default=None)
 
@@ -144,9 +149,10 @@ def worst(cases: Mapping[str, Mapping[str, Case]], way: str, key: str) -> float 
 def main() -> None:
     """Read the options, measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer turns; no checkpointing of m")
+    parser.add_argument("--quick", action="store_true", help="xs and s, fewer turns")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["xs", "s", "m"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS)[1:], default=list(WAYS)[1:])
     parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
@@ -155,11 +161,12 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine(options.device).items()))
     turns = QUICK if options.quick else TURNS
     cases: dict[str, dict[str, Case]] = {}
-    for size in options.sizes:
-        short = options.quick and size in ("m", "8b")
+    for size in options.sizes or (["xs", "s"] if options.quick else ["xs", "s", "m"]):
+        short = options.quick and size != "xs"
         for checkpointing in options.checkpointing or (CHECKPOINTING[: 1 if short else 3]):
             name = f"{size}, checkpointing {checkpointing}"
-            cases[name] = case(size, checkpointing, options.device, turns[size])
+            ways = ["plain", *options.ways]
+            cases[name] = case(ways, size, checkpointing, options.device, turns[size])
             show(name, cases[name])
     figures = {
         "time_ratio": worst(cases, "ours", "time"),

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from fedward.attempt import Attempt
 from fedward.canonical import digest
 from fedward.client.metric_slots import metric_slots
+from fedward.client.step_check import check_step
 from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.plan import Plan
 from fedward.privacy.noise import SecureStream
@@ -100,8 +101,8 @@ class Trainer(Protocol):
         """Load the plan's model and compare it with the request, before anything is reserved.
 
         Raises:
-            ModelError: The model is not the plan's, the adapter does not fit it, or round 1 does
-                not start where the plan says.
+            ModelError: The model is not the plan's or cannot be trained privately, the adapter does
+                not fit it, or round 1 does not start where the plan says.
         """
         ...
 
@@ -161,6 +162,7 @@ class LocalTrainer:
 
     def prepare(self, request: TrainRequest) -> None:
         """See :meth:`Trainer.prepare`."""
+        check_step(self._here(request.plan), self._device)
         tuned = self.tuned(request.plan)
         if tuned.layout != request.layout:
             raise ModelError("the task's trainable tensors are not those of this site's model")
@@ -217,11 +219,14 @@ class LocalTrainer:
         Raises:
             ModelError: It is not there, or not the one that the plan names.
         """
-        if self._model is not None:
-            plan = dataclasses.replace(
-                plan, model=dataclasses.replace(plan.model, path=str(self._model))
-            )
-        return tuned_model(plan, self._device)
+        return tuned_model(self._here(plan), self._device)
+
+    def _here(self, plan: Plan) -> Plan:
+        """The plan with the model's folder at this site in place of its path."""
+        if self._model is None:
+            return plan
+        model = dataclasses.replace(plan.model, path=str(self._model))
+        return dataclasses.replace(plan, model=model)
 
     def _slots(self, plan: Plan, model: nn.Module, stream: SecureStream) -> npt.NDArray[np.float64]:
         """Noised metrics of the trained model on the held-out records, where the plan asks."""

@@ -26,6 +26,7 @@ from fedward.aggregation.packing import unpack
 from fedward.aggregation.planned import planned_session
 from fedward.attempt import Attempt
 from fedward.canonical import Json
+from fedward.client.step_check import check_step
 from fedward.client.trainer import LocalTrainer, Trainer
 from fedward.errors import ConfigurationError
 from fedward.server.store import Phase, RunStore
@@ -120,6 +121,9 @@ class _Work:
     def run(self, *, ray_workers: int, compare: bool) -> Report:
         """Train and evaluate everything that is not there yet."""
         plan, sites = self._plan, self._case.sites
+        covered = check_step(plan)
+        if not covered.single_pass:
+            self._console.print(str(covered), markup=False, highlight=False)
         every = comparisons(plan, sites) if compare else []
         todo = deque(one for one in every if not self._result(one.name).exists())
         with self._second_process(todo) as rest:

@@ -1,0 +1,49 @@
+"""A check, before anything is reserved, that a plan's model can be trained privately at all."""
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+
+from torch import Tensor, nn
+
+from fedward.errors import ModelError, UncoveredParameters
+from fedward.plan import Plan
+from fedward.privacy.coverage import Coverage, coverage
+from fedward.privacy.probe import check_independence
+from fedward.tuning.objectives import Encoded, Example, collate, loss_per_example
+from fedward.tuning.tuned import tuned_model
+
+_LOG = logging.getLogger(__name__)
+_LENGTHS = (3, 5, 8)
+
+
+@lru_cache(maxsize=16)
+def check_step(plan: Plan, device: str = "cpu") -> Coverage:
+    """Check on made-up records that the plan's step keeps records apart; once a process.
+
+    No record of the site is read, so that the answer says nothing about patients.
+
+    Returns:
+        How gradients will be taken; where that is the slow way, it is also logged as a warning.
+
+    Raises:
+        ModelError: No clipping could bound what one unit changes, or the model cannot be loaded.
+    """
+    tuned = tuned_model(plan, device)
+    classify, known = plan.task.objective == "classify", len(tuned.tokenizer)
+    rows = [tuple((7 * n + place) % known for place in range(n)) for n in _LENGTHS]
+    targets = [(n % 2,) for n in _LENGTHS] if classify else rows
+    examples = [Example(tokens=a, targets=b) for a, b in zip(rows, targets, strict=True)]
+    made_up = Encoded(examples=tuple(examples), padding=0, classify=classify)
+
+    def loss(model: nn.Module, indices: Sequence[int]) -> Tensor:
+        return loss_per_example(model, collate(made_up, indices, device))
+
+    try:
+        check_independence(tuned.model, loss, range(len(rows)))
+        covered = coverage(tuned.model)
+    except UncoveredParameters as error:
+        raise ModelError(f"the plan cannot be trained privately: {error}") from error
+    if not covered.single_pass:
+        _LOG.warning("%s", covered)
+    return covered
