@@ -2,7 +2,8 @@
 
 The masked-input stage of one site with d coordinates and k neighbours, interleaved in one process:
 
-- ours: round to the grid, add the self mask and k pair masks (32-bit words; 16 where said);
+- ours: round to the grid, add the self mask and k pair masks (32-bit words; 16 where said, and then
+  the rotation that a plan with 16-bit words implies stands on its own);
 - theirs: Flower's own quantize, pseudo_rand_gen, addition and modulus, on tensors of 2^18
   coordinates, as its client calls them;
 - floor: k + 1 AES-256 keystreams into the cache and one pass over the memory, nothing added.
@@ -13,9 +14,11 @@ a fresh process without torch, input and output included. Whole sessions run eve
 small vectors, some sites dropping out.
 
     python benchmarks/secure_aggregation.py --quick --json        # under 2 minutes
-    python benchmarks/secure_aggregation.py --json                # everything, about half an hour
+    python benchmarks/secure_aggregation.py --json --plot docs/secure-aggregation.svg
 
-Finished parts are kept in --out and not run again.
+The second line runs everything, about a quarter of an hour on a quiet machine. Finished parts are
+kept in --out and not run again, each with the load of the machine when it began and the process's
+peak memory when it ended.
 """
 
 import fedward  # noqa: F401  # switches telemetry off before any library loads
@@ -40,11 +43,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from masking.flower_secaggplus import mask, remove_mask, serialise
+from masking.mask_once import high_water
 from masking.plot import plot
 
 from fedward.aggregation.fixed_point import Grid, encode
 from fedward.aggregation.masks import Words, apply_masks, fastest_mode, keystream
 from fedward.aggregation.parameters import Limits, SessionParameters
+from fedward.aggregation.rotation import rotate
 from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.tally import Tally
@@ -143,6 +148,8 @@ def stage(dimension: int, neighbours: int, repeats: int) -> Report:
         unmask, _ = timed(partial(apply_masks, subtract=keys_of(1)), words)
         sizes["ours_bytes"] = words.nbytes / dimension
         del words
+        turning, turned = timed(rotate, update, keys_of(1)[0])
+        del turned
         narrow, words = ours(update, neighbours, word_bits=16)
         sizes["ours16_bytes"] = words.nbytes / dimension
         del words
@@ -157,6 +164,7 @@ def stage(dimension: int, neighbours: int, repeats: int) -> Report:
             "ours_hash": hashing,
             "ours_unmask": unmask,
             "ours16_seconds": narrow["seconds"],
+            "ours16_rotation": turning,
             "theirs_seconds": seconds,
             "theirs_packing": packing,
             "theirs_unmask": removal,
@@ -270,7 +278,10 @@ def work_through(options: argparse.Namespace) -> Report:
         print(f"{name}{' (kept)' if known else ''}", flush=True)
         if known:
             return
+        load = os.getloadavg()[0]
         done[name] = work(*arguments)
+        done.setdefault("loads", {})[name] = round(load, 1)
+        done.setdefault("process_peaks", {})[name] = round(high_water())
         if not options.quick:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(done, indent=1) + "\n")
@@ -290,13 +301,14 @@ def work_through(options: argparse.Namespace) -> Report:
 def show(done: Report) -> None:
     """Tables of what was measured."""
     print("\nclient CPU seconds, median (least-most); unmask: the server's, one mask")
-    print("| d | k | Fedward | 16-bit | Flower | floor | Flower / Fedward | unmask | Flower's |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| d | k | Fedward | 16-bit | rotation | Flower | floor | ratio | unmask | Flower's |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, found in done.items():
         if not name.startswith("stage"):
             continue
         _, d, k = name.split()
-        columns = ["ours_seconds", "ours16_seconds", "theirs_seconds", "floor_seconds"]
+        ways = ("ours_seconds", "ours16_seconds", "ours16_rotation")
+        columns = [*ways, "theirs_seconds", "floor_seconds"]
         times = [
             f"{found[c]['median']:.4f} ({found[c]['least']:.4f}-{found[c]['most']:.4f})"
             for c in columns
@@ -323,6 +335,9 @@ def figures(done: Report) -> Report:
         "dimension": TARGET[0],
         "neighbours": TARGET[1],
         "mask_seconds": seconds,
+        "rounding_seconds": found["ours_rounding"]["median"],
+        "adding_seconds": found["ours_masks"]["median"],
+        "rotation_seconds": found["ours16_rotation"]["median"],
         "hash_seconds": found["ours_hash"]["median"],
         "page_seconds": found["ours_pages"]["median"],
         "flower_ratio": found["theirs_seconds"]["median"] / seconds,
@@ -332,6 +347,7 @@ def figures(done: Report) -> Report:
         "bytes_a_parameter": found["ours_bytes"],
         "flower_bytes_a_parameter": found["theirs_bytes"],
         "session_100_seconds": done["session 100"]["seconds"],
+        "loads": done["loads"],
         "session_1000_seconds": done.get("session 1000", {}).get("seconds"),
     }
 

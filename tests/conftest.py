@@ -15,9 +15,14 @@ import hashlib
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import settings
 
 from fedward.aggregation import masks, site_session
 from fedward.aggregation.masks import Words
+
+# On a busy machine an example may take a second that takes a millisecond elsewhere.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 USED: dict[tuple[bytes, str], bytes] = {}
 """(key, sign) of every mask that any site of any test applied, to the input it was applied to."""

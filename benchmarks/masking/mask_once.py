@@ -23,10 +23,16 @@ def main(way: str, dimension: int, neighbours: int) -> None:
         import fedward.aggregation.site_session  # noqa: F401  # all that a session loads
         from fedward.aggregation.fixed_point import Grid, encode
         from fedward.aggregation.masks import apply_masks
+        from fedward.aggregation.rotation import rotate, rotated_grid
         from fedward.privacy.noise import SecureStream
 
-        grid = Grid(clip=8.0, sites=64, word_bits=16 if way == "ours16" else 32)
-        words = encode(update, grid, SecureStream())
+        words = np.empty(dimension, dtype=np.uint16 if way == "ours16" else np.uint32)
+        if way == "ours16":
+            turned = rotate(update, bytes(32))
+            encode(turned, rotated_grid(8.0, dimension, sites=64), SecureStream(), out=words)
+            del turned
+        else:
+            encode(update, Grid(clip=8.0, sites=64, word_bits=32), SecureStream(), out=words)
         apply_masks(words, add=keys[: len(keys) // 2], subtract=keys[len(keys) // 2 :])
     print(high_water())
 
