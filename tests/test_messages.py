@@ -102,15 +102,15 @@ def with_field(name: str, value: Json) -> bytes:
     return canonical_json({**json.loads(LETTER.header()), name: value})
 
 
+BAD_LINES: list[Json] = [None, [[]], [1], [[0, "a"]], [["1", "a"]], [[1, 2]]]
+BAD_LINES += [[[2, "a"], [1, "b"]], [[1 << 63, "a"]]]
+
+
 @pytest.mark.parametrize(
     "header",
     [
         *(b"", b"[]", b"{}", b"null", b'{"order":[1]}', b"\xff"),
-        *(with_field("lines", value) for value in (None, [[]], [1], [[0, "a"]], [["1", "a"]])),
-        *(
-            with_field("lines", value)
-            for value in ([[1, 2]], [[2, "a"], [1, "b"]], [[1 << 63, "a"]])
-        ),
+        *(with_field("lines", value) for value in BAD_LINES),
         *(with_field("receipt", value) for value in (1, {}, {"seq": 1}, {"seq": 0})),
         with_field("receipt", {"seq": 0, "signature": ""}),
         with_field("receipt", {"seq": 1, "signature": 2}),

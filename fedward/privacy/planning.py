@@ -306,15 +306,16 @@ def site_books(folder: Path) -> Books:
     policy = folder / "policy.toml"
     try:
         limits = tomllib.loads(policy.read_text("utf-8"))
-        cap = {"epsilon": float(limits["max_epsilon"]), "delta": float(limits["delta"])}
+        cap, delta = float(limits["max_epsilon"]), float(limits["delta"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{policy}: expected a policy with max_epsilon and delta: {error}"
         ) from error
     ledger = folder / "ledger.jsonl"
     if not ledger.exists():
-        return Books(**cap)
-    return read_books(ledger, Identity.load(folder / "key").public_key, **cap)
+        return Books(epsilon=cap, delta=delta)
+    public_key = Identity.load(folder / "key").public_key
+    return read_books(ledger, public_key, epsilon=cap, delta=delta)
 
 
 def pld_epsilon(costs: Sequence[SampledGaussian], delta: float) -> float:
