@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.errors import FedwardError
+from fedward.identity import Roster
 from fedward.server.coordinator_folder import CoordinatorFolder
 from fedward.server.members import open_members
 from fedward.server.rounds import RoundEngine
@@ -106,6 +107,8 @@ class Engine:
         def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
             self._beat(run.name, f"round {attempt.round}: {_WORDS[phase]}")
             if phase is Phase.STARTED:
+                if self._roster().epoch != roster.epoch:
+                    raise _Stopped  # and go on at once, with the sites of the new roster
                 self._stop_unless(run.name, RunState.RUNNING)
                 self._wait_for_sites(run, grid, nodes, attempt.round)
 
@@ -124,6 +127,10 @@ class Engine:
         finally:
             store.close()
             grid.close()
+
+    def _roster(self) -> Roster:
+        with open_members(self._folder) as members:
+            return members.roster()
 
     def _wait_for_sites(
         self, run: Run, grid: LinkGrid, nodes: Mapping[int, int], number: int

@@ -30,7 +30,7 @@ from fedward.tuning.records import Records, group
 from fedward.tuning.small import build_llama, build_tokenizer
 from fedward.tuning.vector import Layout
 
-HOSPITALS = ("harbour", "lakeside", "northgate", "summit")
+HOSPITALS = ("northgate", "harbour", "valley", "summit")
 RUN = "field"
 ROUNDS = 6
 PATIENTS = 24
@@ -67,7 +67,7 @@ def make_plan(base: Path) -> Plan:
             sampling_rate=0.5,
             normaliser=12.0,
             learning_rate=0.02,
-            deadline="90s",
+            deadline="10m",
         ),
         cohort=Cohort(minimum=3, colluders=1),
         aggregation=Aggregation(update_clip=1.0),

@@ -1,4 +1,4 @@
-"""One hospital of the field test: the real daemon with fixed keys (``python -m tests.field.site``)."""
+"""One hospital of the field test: the real daemon, only its keys are fixed."""
 
 import logging
 import os
@@ -24,8 +24,7 @@ def main(root: str, hospital: str) -> None:
     command = [sys.executable, "-m", "tests.field.trainer", str(folder.trainer_socket), hospital]
     process = TrainerProcess(command, dict(os.environ))
     process.start()
-    (folder.root / "trainer.pid").write_text(str(process.pid))
-    trainer = RemoteTrainer(folder.trainer_socket, process=process)
+    trainer = RemoteTrainer(folder.trainer_socket, process=process, start_seconds=600)
     run_site(folder, trainer, stop, key=scene.secret(hospital, "rounding"))
     process.stop()
 
