@@ -1,11 +1,13 @@
 """The classical baseline: what it reaches on the demo, and what it cannot."""
 
 import dataclasses
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
+
+from fedward.errors import ConfigurationError
 from fedward.plan import Data
 from fedward.simulations.baseline import accuracy
 from fedward.simulations.demo import demo_plan
@@ -54,15 +56,7 @@ def test_columns_are_the_plans():
     assert accuracy(plan, group(rows, None), group(rows, None)) == 1.0
 
 
-def test_without_scikit_learn_the_message_names_the_extra():
-    script = (
-        "import sys; sys.modules['sklearn.feature_extraction.text'] = None\n"
-        "from fedward.simulations.baseline import accuracy\n"
-        "from fedward.simulations.demo import demo_plan\n"
-        "from fedward.tuning.records import group\n"
-        "accuracy(demo_plan(), group([], None), group([], None))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert "fedward[demo]" in done.stderr
+def test_without_scikit_learn_the_message_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    with pytest.raises(ConfigurationError, match=r"fedward\[demo\]"):
+        reached([], [])
