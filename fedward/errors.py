@@ -120,7 +120,6 @@ class SiteCode(StrEnum):
     REFUSED_POLICY = "refused-policy"
     REFUSED_BUDGET = "refused-budget"
     REFUSED_LEDGER = "refused-ledger"
-    REFUSED_MODEL = "refused-model"
     DATA_UNUSABLE = "data-unusable"
     TRAINING_FAILED = "training-failed"
     PROTOCOL_ABORTED = "protocol-aborted"

@@ -48,7 +48,6 @@ def test_a_site_says_one_of_thirteen_codes():
         "refused-policy",
         "refused-budget",
         "refused-ledger",
-        "refused-model",
         "data-unusable",
         "training-failed",
         "protocol-aborted",

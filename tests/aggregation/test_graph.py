@@ -79,6 +79,11 @@ def test_tails_against_fractions(population, data):
     assert reachable or probability(lambda x: x < lower + 1) > Fraction(1, odds)
 
 
+def test_the_ring_begins_above_128_sites():
+    assert thresholds(128, 0, 12) == Thresholds(quorum=65, neighbours=127, threshold=65)
+    assert thresholds(129, 0, 12) == Thresholds(quorum=65, neighbours=22, threshold=13)
+
+
 def test_too_many_losses_fall_back_to_everybody():
     assert thresholds(129, 60, 60).neighbours == 128
 
