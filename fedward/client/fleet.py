@@ -181,6 +181,7 @@ def _activated(
         beat.join()
         with contextlib.suppress(httpx.HTTPError):
             client.DeactivateNode(DeactivateNodeRequest(node_id=answer.node_id))
+            office.note.unlink(missing_ok=True)
 
 
 def _beat(client: FleetHttpClient, presence: _Presence) -> None:
