@@ -123,7 +123,7 @@ class Report:
             "plan_hash": self.plan.hash().hex(),
             "version": __version__,
         }
-        result: dict[str, Any] = _plain(document)
+        result: dict[str, Any] = plain(document)
         return result
 
 
@@ -136,8 +136,8 @@ def write_report(folder: Path, facts: Report) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     document = json.dumps(facts.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(folder / "report.json", document)
-    _replace(folder / "report.html", render_page(facts))
+    replace_text(folder / "report.json", document)
+    replace_text(folder / "report.html", render_page(facts))
 
 
 def render_table(facts: Report) -> Table:
@@ -185,12 +185,17 @@ def render_page(facts: Report) -> str:
         _seen(facts.seen),
         f"<h2>Plan</h2><p>SHA-256 {facts.plan.hash().hex()}</p>{_plan_table(facts.plan)}",
     ]
+    return page(facts.plan.name, "".join(sections))
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained page around the HTML of its body."""
     style = resources.files("fedward.simulations").joinpath("report.css").read_text("utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name} · Fedward</title><style>{style}</style></head>"
-        f"<body><main>{''.join(sections)}</main>"
+        f"<title>{escape(title)} · Fedward</title><style>{style}</style></head>"
+        f"<body><main>{body}</main>"
         f"<footer>Fedward {__version__}</footer></body></html>\n"
     )
 
@@ -218,7 +223,7 @@ def _score_table(facts: Report) -> str:
         for name, score in rows
     ]
     better = "higher" if facts.measure == "accuracy" else "lower"
-    return f"<p>Same records, never trained on; {better} is better.</p>{_table(body)}"
+    return f"<p>Same records, never trained on; {better} is better.</p>{table(body)}"
 
 
 def _curves(facts: Report) -> str:
@@ -247,7 +252,7 @@ def _site_table(facts: Report) -> str:
         if (gone := [site for site in facts.epsilon if site not in cohort])
     ]
     counted = "Bytes up leave out what a site had sent in a round that a kill interrupted."
-    return _table([head, *body]) + "".join(f"<p>{line}</p>" for line in [*missed, counted])
+    return table([head, *body]) + "".join(f"<p>{line}</p>" for line in [*missed, counted])
 
 
 def _seen(seen: Seen | None) -> str:
@@ -264,32 +269,34 @@ def _seen(seen: Seen | None) -> str:
 
 def _plan_table(plan: Plan) -> str:
     rows = []
-    for key, value in _plain(dataclasses.asdict(plan)).items():
+    for key, value in plain(dataclasses.asdict(plan)).items():
         entries = value.items() if isinstance(value, dict) else [("", value)]
         rows += [
             f'<tr><th scope="row">{escape(f"{key}.{inner}" if inner else key)}</th>'
             f"<td>{escape(json.dumps(entry, ensure_ascii=False))}</td></tr>"
             for inner, entry in entries
         ]
-    return _table(rows)
+    return table(rows)
 
 
-def _table(rows: Sequence[str]) -> str:
+def table(rows: Sequence[str]) -> str:
+    """A table of rows that are HTML already, scrolled where it is too wide."""
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401  # any JSON value
+def plain(value: Any) -> Any:  # noqa: ANN401  # any JSON value
     """The value with plain containers; infinities as ``inf``, which TOML reads, and NaN as null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
