@@ -4,6 +4,7 @@ One real connection, as the daemon would make it; each step is a finding, and th
 is the last.
 """
 
+import base64
 import email.utils
 import os
 import socket
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from fedward.errors import RoundError
 
@@ -101,16 +102,16 @@ def reach(address: str, ca: Path) -> Iterator[Finding]:
         )
         return
     with plain:
-        yield from _over(plain, host, port, ca, through_proxy=proxy is not None)
+        yield from _over(plain, host, port, ca, proxy)
 
 
 def _over(
-    plain: socket.socket, host: str, port: int, ca: Path, *, through_proxy: bool
+    plain: socket.socket, host: str, port: int, ca: Path, proxy: str | None
 ) -> Iterator[Finding]:
     """Everything above TCP."""
     try:
-        if through_proxy:
-            _tunnel(plain, host, port)
+        if proxy is not None:
+            _tunnel(plain, host, port, proxy)
         yield Finding.ok("tcp", f"{host}:{port} answers")
         context = ssl.create_default_context(cafile=str(ca))
         with context.wrap_socket(plain, server_hostname=host) as secure:
@@ -134,8 +135,12 @@ def _over(
         )
 
 
-def _tunnel(plain: socket.socket, host: str, port: int) -> None:
-    plain.sendall(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+def _tunnel(plain: socket.socket, host: str, port: int, proxy: str) -> None:
+    asked, parts = f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n", urlsplit(proxy)
+    if parts.username is not None:
+        account = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+        asked += f"Proxy-Authorization: Basic {base64.b64encode(account).decode()}\r\n"
+    plain.sendall(f"{asked}\r\n".encode())
     answer = _head(plain)
     if b" 200 " not in answer.split(b"\r\n")[0] + b" ":
         status = answer.split(b"\r\n")[0][:60].decode("ascii", "replace")
