@@ -14,8 +14,10 @@ from rich.markup import escape
 
 from fedward import __version__
 from fedward.client.cli import site_app
+from fedward.client.safe_logs import keep_records_out_of_logs
 from fedward.errors import ConfigurationError, FedwardError
 from fedward.privacy.cli import privacy_app
+from fedward.simulations.audit_cli import audit
 from fedward.server.cli import run_app
 from fedward.server.members_cli import coordinator_app
 
@@ -32,6 +34,7 @@ app.add_typer(coordinator_app, name="coordinator")
 app.add_typer(run_app, name="run")
 app.add_typer(site_app, name="site")
 app.add_typer(privacy_app, name="privacy")
+privacy_app.command()(audit)
 
 
 class Engine(StrEnum):
@@ -118,6 +121,9 @@ def simulate(
 def main() -> None:
     """Run the command line; every expected error becomes one message and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if sys.argv[1:2] == ["site"]:
+        keep_records_out_of_logs()
+    hook = sys.excepthook
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # typer's own answer to Ctrl-C
@@ -130,6 +136,8 @@ def main() -> None:
         _fail(str(error), 2)
     except FedwardError as error:
         _fail(str(error), 1)
+    finally:
+        sys.excepthook = hook  # typer puts one of its own there, which prints every message
 
 
 def _fail(message: str, code: int) -> None:

@@ -149,9 +149,9 @@ def site_records(
     """
     local, names = _localised(source, plan)
     splits = find_splits(Path(source.path))
-    train = read_records(splits["train"], local, names)
+    train = read_records(splits["train"], local, names, show_columns=False)
     if "test" in splits:
-        return train, read_records(splits["test"], local, names)
+        return train, read_records(splits["test"], local, names, show_columns=False)
     if held_out == 0:
         return train, None
     rest, apart = hold_out(train, held_out, _HELD_OUT_SEED)

@@ -83,12 +83,15 @@ def find_splits(path: Path) -> dict[str, Path]:
     return found
 
 
-def read_table(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
+def read_table(
+    path: Path, names: Mapping[str, str] | None = None, *, show_columns: bool = True
+) -> list[Row]:
     """Every row of a file.
 
     Args:
         path: JSONL, CSV or Parquet; the first two also with ``.gz``.
         names: Name of a column → the file's own name of it.
+        show_columns: See :func:`read_records`.
 
     Raises:
         DataError: The file cannot be read, is empty, or lacks a column that ``names`` gives.
@@ -97,13 +100,19 @@ def read_table(path: Path, names: Mapping[str, str] | None = None) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: no records; expected at least one")
     for own in (names or {}).values():
-        check_column(own, rows[0], path)
+        check_column(own, rows[0], path, show_columns=show_columns)
     if names:
         rows = [{**row, **{name: row[own] for name, own in names.items()}} for row in rows]
     return rows
 
 
-def read_records(path: Path, plan: Plan, names: Mapping[str, str] | None = None) -> Records:
+def read_records(
+    path: Path,
+    plan: Plan,
+    names: Mapping[str, str] | None = None,
+    *,
+    show_columns: bool = True,
+) -> Records:
     """Read one file and check it against the plan's ``[data]`` and labels.
 
     Rows without a unit are left out, and a warning says how many.
@@ -112,15 +121,17 @@ def read_records(path: Path, plan: Plan, names: Mapping[str, str] | None = None)
         path: JSONL, CSV or Parquet; the first two also with ``.gz``.
         plan: Names the columns.
         names: The plan's name of a column → the file's own name of it.
+        show_columns: Whether an error may name the file's columns: where a header is missing they
+            are the first record.
 
     Raises:
         DataError: The file cannot be read, is empty, lacks a column, or a row has no text, no site,
             a unit that is neither text nor a whole number, or a label that is not the plan's.
         ConfigurationError: The plan's template is not one.
     """
-    columns, rows = needed_columns(plan), read_table(path, names)
+    columns, rows = needed_columns(plan), read_table(path, names, show_columns=show_columns)
     for column in columns:
-        check_column(column, rows[0], path)
+        check_column(column, rows[0], path, show_columns=show_columns)
     for number, row in enumerate(rows, start=1):
         _check_row(row, number, path, plan)
     unit = plan.data.unit
@@ -238,12 +249,14 @@ def input_columns(plan: Plan) -> list[str]:
     return [data.text]
 
 
-def check_column(column: str, row: Row, path: Path) -> None:
+def check_column(column: str, row: Row, path: Path, *, show_columns: bool = True) -> None:
     """Refuse a file whose rows lack a column.
 
     Raises:
-        DataError: With the nearest name, or all.
+        DataError: With the nearest name, or all, where columns may be shown.
     """
+    if column not in row and not show_columns:
+        raise DataError(f"{path}: no column {column!r}")
     if column not in row:
         near = get_close_matches(column, list(row), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(row)}"

@@ -2,10 +2,13 @@
 
 import dataclasses
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedward.client.approval import (
+    Approval,
     Consent,
     approve,
     dataset_of,
@@ -14,10 +17,11 @@ from fedward.client.approval import (
     waiting_plans,
     withdraw,
 )
-from fedward.client.policy import load_policy
+from fedward.client.policy import Policy, load_policy
 from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.errors import ConfigurationError, IdentityError, PolicyRefusal
 from fedward.identity import Identity
+from fedward.plan import Plan
 from fedward.typed_toml import dump
 from tests.client.test_policy import PLAN, POLICY
 
@@ -27,20 +31,20 @@ OTHER = dataclasses.replace(PLAN, seed=1)
 
 
 class Site:
-    def __init__(self, root, policy):
+    def __init__(self, root: Path, policy: Policy) -> None:
         self.folder = SiteFolder.create(root / "site", SiteConfig(name="a"))
         self.write(policy)
 
-    def write(self, policy):
+    def write(self, policy: Policy) -> None:
         self.folder.policy.write_text(dump(policy))
 
-    def approve(self, plan=PLAN, **given):
-        return approve(self.folder, plan, **({"who": "jo", "now": NOW} | given))
+    def approve(self, plan: Plan = PLAN, **given: Any) -> Approval:
+        return approve(self.folder, plan, who="jo", now=NOW, **given)
 
-    def check(self, plan=PLAN, now=NOW):
+    def check(self, plan: Plan = PLAN, now: datetime = NOW) -> Any:
         return Consent(load_policy(self.folder.policy), self.folder).check(plan, now)
 
-    def refusal(self, plan=PLAN, now=NOW):
+    def refusal(self, plan: Plan = PLAN, now: datetime = NOW) -> tuple[str, ...]:
         with pytest.raises(PolicyRefusal) as caught:
             self.check(plan, now)
         return caught.value.reasons

@@ -6,6 +6,7 @@ import shutil
 import tomllib
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -47,6 +48,7 @@ class Shell:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.enrolled: Any = None
 
     def __call__(self, line: str, stdin: str = "") -> str:
         """What a command prints; what it raises is raised."""
@@ -59,7 +61,7 @@ class Shell:
         assert result.exit_code == 0, (line, result.output, result.exception)
         return result.stdout
 
-    def json(self, line: str, stdin: str = ""):
+    def json(self, line: str, stdin: str = "") -> Any:
         return json.loads(self(f"{line} --json", stdin))
 
 
@@ -125,13 +127,13 @@ def test_revoke_makes_a_new_epoch(member):
         member("coordinator revoke st-mary COORDINATOR")
 
 
-def prepare(shell, base, **changes) -> str:
+def prepare(shell: Shell, base: Path, **changes: Any) -> str:
     """Data, model and policy of a site, and a plan that fits; the model's digest."""
     notes = shell.root / "notes.csv"
     notes.write_text("note,mrn\na,1\nb,1\nc,2\nd,\n")
     added = shell.json(f"site data add notes {notes} --map text=note --unit mrn SITE")
     assert (added["rows"], added["units"], added["without_unit"]) == (4, 2, 1)
-    digest = shell.json(f"site model add {base} SITE")["model"]
+    digest: str = shell.json(f"site model add {base} SITE")["model"]
     policy = Policy(
         max_epsilon=2.0, delta=1e-6, max_rounds=5, models=(digest,), datasets=("notes",)
     )

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +46,7 @@ def file(tmp_path):
     return path
 
 
-def write(path, rows):
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
@@ -56,8 +58,9 @@ def folder(tmp_path):
     return SiteFolder.create(tmp_path / "site", SiteConfig(name="a"))
 
 
-def source(file, **changes):
-    return DataSource(**({"path": str(file), "unit": "mrn", "columns": COLUMNS} | changes))
+def source(file: Path, **changes: Any) -> DataSource:
+    given = DataSource(path=str(file), unit="mrn", columns=COLUMNS)
+    return dataclasses.replace(given, **changes)
 
 
 def test_a_source_is_kept_as_it_was_added(folder, file):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,10 +118,10 @@ def test_an_honest_run_is_served_and_journalled(field):
 class Bomb:
     """What unpickling would run."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return (open, (str(self.path), "w"))
 
 

@@ -10,7 +10,7 @@ from fedward.errors import InvalidValue
 MONDAY = datetime(2026, 5, 4)  # noqa: DTZ001  # local time
 
 
-def minutes(text):
+def minutes(text: str) -> list[int]:
     """Every minute of a week, from Monday, that the window contains."""
     window = parse_window(text)
     return [m for m in range(7 * 1440) if window.contains(MONDAY + timedelta(minutes=m))]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,7 @@ NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 class Site:
     """A site whose daemon has reserved three rounds, and where somebody gave a command."""
 
-    def __init__(self, root):
+    def __init__(self, root: Path) -> None:
         self.folder = SiteFolder.create(root / "site", SiteConfig(name="a"))
         self.key = self.folder.identity().public_key
         self.now = NOW
@@ -34,11 +35,11 @@ class Site:
         for number in (1, 2, 3):
             self.reserve(number)
 
-    def tick(self):
+    def tick(self) -> datetime:
         self.now += timedelta(seconds=1)
         return self.now
 
-    def reserve(self, number):
+    def reserve(self, number: int) -> None:
         identity = self.folder.identity()
         with Journal(self.folder.journal, identity, clock=self.tick) as journal:
             ledger = Ledger.open(self.folder.ledger, identity, epsilon=8.0, delta=1e-5)
@@ -48,7 +49,7 @@ class Site:
             ledger.reserve(Attempt(run="r", round=number), journal=journal.head)
             ledger.close()
 
-    def cut(self, path, lines):
+    def cut(self, path: Path, lines: int) -> None:
         """The file without its last lines: a chain that is whole in itself."""
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-lines]))
 

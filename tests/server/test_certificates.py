@@ -2,6 +2,7 @@
 
 import datetime
 import stat
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -16,13 +17,19 @@ NOW = datetime.datetime(2026, 5, 1, 12, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)
 
 
-def made(root, host="fed.example.org"):
+def made(root: Path, host: str = "fed.example.org") -> CoordinatorFolder:
     folder = CoordinatorFolder.create(root, CoordinatorConfig(host=host))
     issue(folder, NOW)
     return folder
 
 
-def check(folder, host, *, ca=None, at=NOW):
+def check(
+    folder: CoordinatorFolder,
+    host: str,
+    *,
+    ca: Path | None = None,
+    at: datetime.datetime = NOW,
+) -> None:
     """A TLS client's check of the server certificate."""
     store = verification.Store([x509.load_pem_x509_certificate((ca or folder.ca).read_bytes())])
     name = x509.DNSName(host)

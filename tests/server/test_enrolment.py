@@ -7,6 +7,7 @@ import json
 import shutil
 import ssl
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from fedward.identity import Identity, Member, Roster, fingerprint, open_roster,
 from fedward.server.certificates import issue
 from fedward.server.coordinator_folder import CoordinatorConfig, CoordinatorFolder
 from fedward.server.enrolment import enrolment_app
-from fedward.server.members import open_members
+from fedward.server.members import Enrolled, open_members
 from tests.server.tls import free_port, serving
 
 HOUR = 3600
@@ -29,7 +30,7 @@ HOUR = 3600
 class Fed:
     """A coordinator's folder with its enrolment server, and sites' folders beside it."""
 
-    def __init__(self, root, template=None):
+    def __init__(self, root: Path, template: CoordinatorFolder | None = None) -> None:
         self.root, self.now = root, time.time()
         self.changes = 0
         if template is not None:
@@ -41,10 +42,10 @@ class Fed:
         self.folder = CoordinatorFolder.load(root / "coordinator")
         self.app = enrolment_app(self.folder, on_change=self.changed, clock=lambda: self.now)
 
-    def changed(self):
+    def changed(self) -> None:
         self.changes += 1
 
-    def token(self, name="a", hours=1):
+    def token(self, name: str = "a", hours: int = 1) -> Token:
         with open_members(self.folder) as members:
             expires = int(self.now) + hours * HOUR
             secret = members.invite(name, expires=expires, now=int(self.now))
@@ -57,18 +58,18 @@ class Fed:
             expires=expires,
         )
 
-    def site(self, name="a"):
+    def site(self, name: str = "a") -> SiteFolder:
         return SiteFolder.create(self.root / name, SiteConfig(name=name))
 
-    def members(self):
+    def members(self) -> list[Enrolled]:
         with open_members(self.folder) as members:
             return members.all()
 
-    def roster(self):
+    def roster(self) -> Roster:
         with open_members(self.folder) as members:
             return members.roster()
 
-    def revoke(self, name):
+    def revoke(self, name: str) -> None:
         with open_members(self.folder) as members:
             members.revoke(name, int(self.now))
 
@@ -195,12 +196,12 @@ def test_a_token_survives_line_breaks(fed):
     assert Token.decode(f" {word[:50]}\n{word[50:]}\n") == Token.decode(word)
 
 
-def post(fed, path, body):
+def post(fed: Fed, path: str, body: bytes) -> httpx.Response:
     verify = ssl.create_default_context(cafile=fed.folder.ca)
     return httpx.post(fed.folder.config().address + path, content=body, verify=verify)
 
 
-def request(fed, folder, token):
+def request(folder: SiteFolder, token: Token) -> bytes:
     identity = folder.identity()
     unsigned = EnrolRequest(
         site=token.site,
@@ -215,8 +216,8 @@ def request(fed, folder, token):
 def test_both_keys_sign_the_whole_request(fed, key):
     """Else somebody could enrol a key that is not his, for example another site's."""
     token, folder, other = fed.token(), fed.site(), fed.site("b")
-    fields = json.loads(request(fed, folder, token))
-    theirs = json.loads(request(fed, other, fed.token("b")))
+    fields = json.loads(request(folder, token))
+    theirs = json.loads(request(other, fed.token("b")))
     for mixed in (
         {**fields, key: theirs[key]},
         {**fields, "signature": theirs["signature"]},

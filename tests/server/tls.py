@@ -23,7 +23,7 @@ def free_port() -> int:
 def serving(app: AsgiApp, folder: CoordinatorFolder) -> Iterator[uvicorn.Server]:
     """Serve an application with the coordinator's certificate until the block ends."""
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]  # uvicorn's own types of messages are narrower
+        app,
         host="127.0.0.1",
         port=folder.config().port,
         lifespan="off",
