@@ -16,7 +16,7 @@ from fedward.client.policy import Policy, load_policy
 from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError, IdentityError, PolicyRefusal
 from fedward.identity import open_sealed, verify
-from fedward.plan import Plan, from_json
+from fedward.plan import Plan, from_json, load_plan
 from fedward.private_files import write_private
 
 _PURPOSE = "fedward/1/approval"
@@ -220,6 +220,22 @@ def waiting_plan(folder: SiteFolder, start: str) -> Plan:
             "expected one"
         )
     return found[0]
+
+
+def find_plan(folder: SiteFolder, text: str) -> Plan:
+    """A plan from a TOML file, from the JSON of a frozen one, or from those that wait.
+
+    Args:
+        folder: The site's.
+        text: The file's path, or the first hex digits of a waiting plan's hash.
+
+    Raises:
+        ConfigurationError: There is none, or the file is no plan.
+    """
+    path = Path(text)
+    if not path.exists():
+        return waiting_plan(folder, text)
+    return from_json(path.read_bytes()) if path.suffix == ".json" else load_plan(path)
 
 
 def plan_signature(plan: Plan) -> tuple[str, bytes]:

@@ -219,11 +219,12 @@ def check_policy(
 
     Exit code 0: allowed, once it is approved; 1: refused.
     """
+    from fedward.client.approval import find_plan
     from fedward.client.policy import load_policy
     from fedward.errors import PolicyRefusal
 
     folder = SiteFolder.load(site)
-    policy, found = load_policy(folder.policy), _plan(folder, plan)
+    policy, found = load_policy(folder.policy), find_plan(folder, plan)
     reasons = list(policy.reasons(found))
     if json_output:
         facts = {"plan": found.hash().hex(), "allowed": not reasons, "reasons": reasons}
@@ -268,7 +269,7 @@ def approve(
         return
     made = approval.approve(
         folder,
-        _plan(folder, plan),
+        approval.find_plan(folder, plan),
         who=who(),
         now=datetime.now().astimezone(),
         dataset=data,
@@ -280,17 +281,6 @@ def approve(
         typer.echo(json.dumps(facts, indent=2))
         return
     typer.echo(f"plan {made.plan[:12]} is approved for data {made.dataset!r} by {made.who}")
-
-
-def _plan(folder: SiteFolder, text: str) -> "Plan":
-    """A plan from a TOML file, from the JSON of a frozen one, or from those that wait."""
-    from fedward.client.approval import waiting_plan
-    from fedward.plan import from_json, load_plan
-
-    path = Path(text)
-    if not path.exists():
-        return waiting_plan(folder, text)
-    return from_json(path.read_bytes()) if path.suffix == ".json" else load_plan(path)
 
 
 def _show_waiting(plans: "list[Plan]", json_output: bool) -> None:
