@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from fedward.errors import ConfigurationError
 from fedward.plan import Data, Plan
 
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -140,6 +142,7 @@ def _render(
             )
         )
     if text is None:  # raised here, because a template's own message may quote the conversation
-        roles = ", ".join(message["role"] for message in messages)
+        given = [message["role"] for message in messages]  # a record's, so only known words
+        roles = ", ".join(role if role in _ROLES else "another" for role in given)
         raise ConfigurationError(f"the model's chat template refuses the turns {roles}")
     return text

@@ -91,3 +91,11 @@ def test_messages_need_a_chat_template_that_fits(tokenizer):
     )
     with pytest.raises(ConfigurationError, match="earlier turns anew"):
         cut({"talk": TALK}, tokenizer, messages="talk")
+
+
+def test_a_role_that_nobody_knows_is_not_repeated(tokenizer):
+    """It comes from a record, and may be anything that a file has in that place."""
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    talk = [{"role": "Mrs Roe", "content": "x"}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(ConfigurationError, match=r"the turns another(, assistant)?$"):
+        cut({"talk": talk}, tokenizer, messages="talk")
