@@ -22,6 +22,7 @@ _ERRORS: Mapping[grpc.StatusCode, type[FedwardError]] = {
     grpc.StatusCode.NOT_FOUND: ConfigurationError,
     grpc.StatusCode.INVALID_ARGUMENT: ConfigurationError,
     grpc.StatusCode.FAILED_PRECONDITION: RoundError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: RoundError,
 }
 
 

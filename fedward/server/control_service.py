@@ -29,6 +29,8 @@ MESSAGE_BYTES = 1 << 30
 
 _WATCH_SECONDS = 0.5
 _WATCHERS = 8
+"""Watches at the same time, so that there is always a thread for the other calls."""
+
 _FINAL = {RunState.FINISHED, RunState.ABORTED}
 
 
@@ -44,6 +46,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
     def __init__(self, folder: CoordinatorFolder, engine: Engine, stop: threading.Event) -> None:
         self._folder, self._engine, self._stop = folder, engine, stop
         self._book = RunBook(folder.runs)
+        self._places = threading.BoundedSemaphore(_WATCHERS)
 
     def Start(self, request: wire.StartRequest, context: grpc.ServicerContext) -> wire.Run:
         """Queue a run."""
@@ -66,13 +69,20 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     def Watch(self, request: wire.RunName, context: grpc.ServicerContext) -> Iterator[wire.Event]:
         """Every event of a run, old and new, until it ends."""
+        if not self._places.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_WATCHERS} watch already")
+        try:
+            yield from self._watch(request.name, context)
+        except FedwardError as error:
+            _refuse(context, error)
+        finally:
+            self._places.release()
+
+    def _watch(self, name: str, context: grpc.ServicerContext) -> Iterator[wire.Event]:
         told, roster = 0, self._roster()
         while context.is_active() and not self._stop.is_set():
-            try:
-                ended = self._book.state(request.name) in _FINAL
-            except FedwardError as error:
-                _refuse(context, error)
-            events = self._events(request.name)
+            ended = self._book.state(name) in _FINAL
+            events = self._events(name)
             for event in events[told:]:
                 yield _event(event, roster)
             told = len(events)

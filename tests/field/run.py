@@ -1,9 +1,11 @@
 """``make field-test``: a coordinator and four hospitals as processes, killed in mid-round.
 
-Every round has one fault: round 2 the coordinator, all of it, round 3 an agent, round 4 a trainer,
-round 5 an agent that stays away; each by kill -9 while the sites train. The run must end by itself,
-and every adapter must be bit for bit that of the same run without a network and without a fault
-(except that the fourth site is missing from round 5 there as well).
+Each has a network namespace of its own where that is allowed, with one cable to the coordinator.
+Every round has one fault, while the sites train: kill -9 of the coordinator, all of it, in round 2;
+of an agent in round 3; of a trainer in round 4; of an agent that stays away in round 5; and a cable
+that is pulled for some seconds in round 6. The run must end by itself, and every adapter must be
+bit for bit that of the same run without a network and without a fault (except that the fourth site
+is missing from round 5 there as well).
 """
 
 import contextlib
@@ -17,16 +19,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from fedward.client.enrol import enrol
 from fedward.client.journal import verify_journal
 from fedward.client.site_folder import SiteConfig, SiteFolder
-from fedward.enrolment import Token
-from fedward.errors import FedwardError
+from fedward.errors import FedwardError, Unreachable
 from fedward.identity import Roster
 from fedward.privacy.ledger import Ledger
 from fedward.server.control_client import open_control
@@ -36,14 +37,23 @@ from fedward.server.start import prepare_start
 from fedward.server.store import Event, Phase, RunStore
 from fedward.server.superlink import LinkState, open_state
 from tests.field import scene
+from tests.field.wires import Wires
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "NO_PROXY": "*",
+    "HF_HUB_OFFLINE": "1",
+}
 SECONDS = 600.0
 """How long to wait for anything, on however busy a machine."""
 
 AWAY_ROUND = 5
-AWAY_SECONDS = 45
+CUT_ROUND, CUT_SECONDS = 6, 6.0
+AWAY_SECONDS = 60
 """Longer than a busy machine takes to start an agent."""
 
 
@@ -66,28 +76,41 @@ class Field:
         CONSOLE.print(f"{time.monotonic() - self.started:6.1f} s  {text}", markup=False)
 
     def start(self, name: str, *command: str) -> None:
-        """Start one program in a process group of its own; its output goes to a log."""
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "NO_PROXY": "127.0.0.1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        """Start a machine's program in a process group of its own; its output goes to a log."""
         with (self.root / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [*self.wires.inside(name), sys.executable, "-m", *command],
                 cwd=self.root,
-                env=environment,
+                env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
+    def command(self, machine: str, *words: str) -> bytes:
+        """Let somebody give a command on a machine; returns what it printed."""
+        command = [*self.wires.inside(machine), sys.executable, "-m", "fedward", *words]
+        return subprocess.run(
+            command,
+            check=True,
+            cwd=self.root,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            timeout=SECONDS,
+        ).stdout
+
     def serve(self) -> None:
         root = str(self.coordinator.root)
         self.start("coordinator", "fedward", "coordinator", "serve", "--coordinator", root)
+
+    def is_serving(self) -> bool:
+        with open_control(self.coordinator) as control:
+            try:
+                control.list()
+            except Unreachable:
+                return False
+        return True
 
     def start_site(self, name: str) -> None:
         self.start(name, "tests.field.site", str(self.sites[name].root), name)
@@ -107,19 +130,23 @@ class Field:
 
     def enrol(self, name: str) -> None:
         """A hospital with keys of its own, a member by token over the wire."""
-        now = int(time.time())
-        with open_members(self.coordinator) as members:
-            secret = members.invite(name, expires=now + 600, now=now)
-        token = Token(
-            site=name,
-            address=self.coordinator.config().address,
-            ca=self.coordinator.ca.read_text(),
-            coordinator=self.coordinator.identity().public_key.hex(),
-            secret=secret,
-            expires=now + 600,
-        )
+        coordinator = str(self.coordinator.root)
+        token = self.command("coordinator", "coordinator", "invite", name, "--coordinator",
+                             coordinator, "--json")  # fmt: skip
         self.sites[name] = SiteFolder.create(self.root / name, SiteConfig(name=name))
-        enrol(self.sites[name], token.encode())
+        site = str(self.sites[name].root)
+        self.command(name, "site", "enrol", json.loads(token)["token"], "--site", site)
+
+    def steer(self, verb: str) -> None:
+        root = str(self.coordinator.root)
+        self.command("coordinator", "run", verb, scene.RUN, "--coordinator", root)
+
+    @cached_property
+    def flower(self) -> LinkState:
+        return open_state(self.coordinator.fleet_database)
+
+    def online(self) -> list[int]:
+        return [n.node_id for n in self.flower.get_node_info() if n.status == "online"]
 
     def roster(self) -> Roster:
         with open_members(self.coordinator) as members:
@@ -174,7 +201,8 @@ class Field:
 
 @contextlib.contextmanager
 def a_field(root: Path) -> Iterator[Field]:
-    field = Field(root)
+    wires = Wires(scene.HOSPITALS)
+    field = Field(root, wires)
     try:
         yield field
     except (AssertionError, FedwardError, subprocess.SubprocessError):
@@ -182,6 +210,7 @@ def a_field(root: Path) -> Iterator[Field]:
         raise
     finally:
         field.end()
+        wires.close()
 
 
 def prepare(field: Field) -> tuple[Path, str]:
@@ -191,32 +220,21 @@ def prepare(field: Field) -> tuple[Path, str]:
     frozen, _, _ = prepare_start(scene.make_plan(base))
     digest = str(frozen.model.sha256)
     field.serve()
-    field.wait("the public port", lambda: answers(field.coordinator.config().port))
+    field.wait("the coordinator", field.is_serving)
     for name in scene.HOSPITALS:
         field.enrol(name)
         scene.write_policy(field.sites[name], digest)
     field.say(f"{len(field.sites)} hospitals enrolled by token over TLS")
     for name in scene.HOSPITALS:
         field.start_site(name)
-    state = open_state(field.coordinator.fleet_database)
-    field.wait("four sites online", lambda: len(online(state)) == len(scene.HOSPITALS))
+    field.wait("four sites online", lambda: len(field.online()) == len(scene.HOSPITALS))
     field.say("all are connected")
     return plan, digest
 
 
-def online(state: LinkState) -> list[int]:
-    return [node.node_id for node in state.get_node_info() if node.status == "online"]
-
-
-def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
-
-
 def disturb(field: Field) -> None:
     """One fault a round."""
-    victim, other, _, away = scene.HOSPITALS
+    victim, other, third, away = scene.HOSPITALS
     field.wait_for_training(2)
     field.kill("coordinator", group=True)
     field.say("round 2: kill -9 of the coordinator, every process of it")
@@ -236,12 +254,23 @@ def disturb(field: Field) -> None:
     field.wait_for_training(AWAY_ROUND)
     field.kill(away)
     field.say(f"round {AWAY_ROUND}: kill -9 of the agent of {away}, which stays away")
+    field.steer("pause")
     field.wait(
         f"round {AWAY_ROUND} without {away}",
         lambda: field.reached(AWAY_ROUND, Phase.COMMITTED),
     )
     field.start_site(away)
-    field.say(f"{away} is back")
+    field.wait(f"{away} online", lambda: len(field.online()) == len(scene.HOSPITALS))
+    field.say(f"{away} is back, and the paused run goes on")
+    field.steer("resume")
+
+    if field.wires.real:
+        field.wait_for_training(CUT_ROUND)
+        field.wires.cut(third)
+        field.say(f"round {CUT_ROUND}: the cable of {third} is pulled")
+        time.sleep(CUT_SECONDS)
+        field.wires.heal(third)
+        field.say("it is in again")
 
 
 def check(field: Field, expected: list[str]) -> dict[str, Any]:
@@ -276,13 +305,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fw") as scratch, a_field(Path(scratch)) as field:
         plan_file, digest = prepare(field)
         root = str(field.coordinator.root)
-        command = [sys.executable, "-m", "fedward", "run", "start", str(plan_file)]
-        command += ["--name", scene.RUN, "--coordinator", root, "--json"]
+        words = ["run", "start", str(plan_file), "--name", scene.RUN, "--coordinator", root]
         for _ in range(2):  # idempotent
-            output = subprocess.run(
-                command, check=True, capture_output=True, timeout=SECONDS
-            ).stdout
-            assert json.loads(output)["name"] == scene.RUN
+            shown = json.loads(field.command("coordinator", *words, "--json"))
+            assert (shown["name"], shown["rounds"]) == (scene.RUN, scene.ROUNDS)
         disturb(field)
         with open_control(field.coordinator) as control:
             field.wait(
@@ -293,11 +319,12 @@ def main() -> int:
         field.end()
         expected = reference(field, plan_file.parent, digest)
         facts = check(field, expected)
+        faults = "1 cut, network namespaces, " if field.wires.real else "loopback, "
         epsilon = max(facts["epsilons"].values())
         CONSOLE.print(
             f"field test passed: 4 hospitals, {scene.ROUNDS} rounds in {facts['attempts']} "
-            f"attempts, 4 kills, {scene.ROUNDS} of {scene.ROUNDS} adapters bit-identical to the "
-            f"undisturbed run, epsilon {epsilon:.3f} of {scene.EPSILON:g}, "
+            f"attempts, 4 kills, {faults}every adapter bit-identical to the undisturbed run's, "
+            f"epsilon {epsilon:.3f} of {scene.EPSILON:g}, "
             f"{time.monotonic() - field.started:.0f} s"
         )
     return 0

@@ -1,0 +1,87 @@
+"""The wires of the field test: a network namespace for each machine where that is allowed.
+
+Every hospital has one cable, to the coordinator. There is no default route, no resolver and no way
+from one hospital to another, so a site that needs anything but the coordinator fails. Without the
+right to make namespaces, all run on loopback, and no cable can be pulled.
+"""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+_BRIDGE = "fw0"
+_TRIES = 200
+
+
+class Wires:
+    """Namespaces for a coordinator and its sites, until closed.
+
+    Args:
+        sites: Their names.
+    """
+
+    def __init__(self, sites: Sequence[str]) -> None:
+        self._holders = dict[str, subprocess.Popen[bytes]]()
+        self.real = _run("unshare", "-n", "true")
+        self.address = "10.77.0.1" if self.real else "127.0.0.1"
+        """Where the coordinator is."""
+        if not self.real:
+            return
+        self._hold("coordinator")
+        self._ip("coordinator", "link", "set", "lo", "up")
+        self._ip("coordinator", "link", "add", _BRIDGE, "type", "bridge")
+        self._ip("coordinator", "address", "add", f"{self.address}/24", "dev", _BRIDGE)
+        self._ip("coordinator", "link", "set", _BRIDGE, "up")
+        for number, site in enumerate(sites):
+            self._hold(site)
+            port, far = f"p{number}", str(self._holders[site].pid)
+            self._ip("coordinator", "link", "add", port, "type", "veth", "peer", "name", "up0",
+                     "netns", far)  # fmt: skip
+            self._ip("coordinator", "link", "set", port, "master", _BRIDGE, "up")
+            self._ip("coordinator", "link", "set", port, "type", "bridge_slave", "isolated", "on")
+            self._ip(site, "address", "add", f"10.77.0.{10 + number}/24", "dev", "up0")
+            self._ip(site, "link", "set", "up0", "up")
+        self._ports = {site: f"p{number}" for number, site in enumerate(sites)}
+
+    def inside(self, machine: str) -> list[str]:
+        """What to put before a command so that it runs on a machine."""
+        if not self.real:
+            return []
+        return ["nsenter", "-t", str(self._holders[machine].pid), "-n", "--"]
+
+    def cut(self, site: str) -> None:
+        """Pull a site's cable."""
+        self._ip("coordinator", "link", "set", self._ports[site], "down")
+
+    def heal(self, site: str) -> None:
+        """Put it in again."""
+        self._ip("coordinator", "link", "set", self._ports[site], "up")
+
+    def close(self) -> None:
+        """Let go of all namespaces; they end with their last process."""
+        for holder in self._holders.values():
+            holder.kill()
+            holder.wait()
+
+    def _hold(self, machine: str) -> None:
+        """A process that keeps a namespace open."""
+        holder = subprocess.Popen([str(shutil.which("unshare")), "-n", "sleep", "infinity"])
+        self._holders[machine] = holder
+        mine = Path("/proc/self/ns/net").stat().st_ino
+        for _ in range(_TRIES):
+            if Path(f"/proc/{holder.pid}/ns/net").stat().st_ino != mine:
+                return
+            time.sleep(0.05)
+        raise AssertionError("no network namespace came about")
+
+    def _ip(self, machine: str, *words: str) -> None:
+        subprocess.run([*self.inside(machine), "ip", *words], check=True)
+
+
+def _run(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
