@@ -84,6 +84,50 @@ def test_the_ring_begins_above_128_sites():
     assert thresholds(129, 0, 12) == Thresholds(quorum=65, neighbours=22, threshold=13)
 
 
+def tail(population: int, marked: int, draws: int) -> Callable[[int], Fraction]:
+    """P[X > t] of a hypergeometric X, by the definition."""
+
+    def above(t: int) -> Fraction:
+        ways = sum(
+            math.comb(marked, x) * math.comb(population - marked, draws - x)
+            for x in range(t + 1, draws + 1)
+        )
+        return Fraction(ways, math.comb(population, draws))
+
+    return above
+
+
+def by_the_page(n: int, colluders: int, dropouts: int) -> tuple[int, int]:
+    """Degree and threshold, word by word from docs/secagg.md, section 5."""
+
+    def upper(marked: int, m: int, bits: int) -> int:
+        above, p = tail(n - 1, marked, m), Fraction(1, 2**bits * n)
+        return next(t for t in range(n) if above(t) <= p)
+
+    def lower(marked: int, m: int, bits: int) -> int:
+        above, p = tail(n - 1, marked, m), Fraction(1, 2**bits * n)
+        return max(t for t in range(m + 1) if 1 - above(t - 1) <= p)
+
+    for k in range(4, n - 1, 2):
+        c = upper(colluders, k // 2, 82)
+        t = max(k // 2 + c + 2, upper(colluders, k, 81) + 1)
+        if lower(n - 1 - dropouts, k, 20) >= t - 1:
+            return k, t
+    return n - 1, max(colluders + 1, n // 2 + 1)
+
+
+@pytest.mark.parametrize("dropouts", range(8))
+@pytest.mark.parametrize("colluders", [0, 2])
+def test_the_ring_s_rule_against_the_page(colluders, dropouts):
+    found = thresholds(131, colluders, dropouts)
+    assert (found.neighbours, found.threshold) == by_the_page(131, colluders, dropouts)
+
+
+def test_a_ring_of_everybody_is_none():
+    """k = n - 1 would do, but k ends at n - 2."""
+    assert thresholds(129, 20, 43) == Thresholds(quorum=75, neighbours=128, threshold=65)
+
+
 def test_too_many_losses_fall_back_to_everybody():
     assert thresholds(129, 60, 60).neighbours == 128
 
