@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from fedward.cli import app
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 BLOCKS = dict(
@@ -17,11 +20,17 @@ PLAIN = {"COLUMNS": "90", "NO_COLOR": "1", "TERM": "dumb", "_TYPER_FORCE_DISABLE
 
 def printed(line: str) -> str:
     """What a command line prints, without the blanks that fill its lines."""
-    command = [str(Path(sys.executable).parent / "fedward"), *line.split()[1:]]
+    done = CliRunner().invoke(app, line.split()[1:], prog_name="fedward", env=PLAIN)
+    assert done.exit_code == 0, done.output
+    lines = [row.rstrip() for row in done.stdout.splitlines()]
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+def test_the_installed_program_prints_the_same():
+    command = [str(Path(sys.executable).parent / "fedward"), "simulate", "--help"]
     done = subprocess.run(command, env=os.environ | PLAIN, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
-    lines = [row.rstrip() for row in done.stdout.decode().splitlines()]
-    return "\n".join(lines).strip("\n") + "\n"
+    assert done.stdout.decode().split() == printed("fedward simulate --help").split()
 
 
 @pytest.mark.parametrize("line", list(BLOCKS))
