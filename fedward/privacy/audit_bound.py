@@ -125,7 +125,8 @@ def _scores(rows: torch.Tensor, without: torch.Tensor, moved: torch.Tensor) -> S
         return np.stack([there, -there])
     along = (rows - without) @ moved
     away = (rows - without).square().sum(1)
-    return np.nan_to_num(torch.stack([along, away, -away]).numpy(), nan=-math.inf)
+    scores: Scores = np.nan_to_num(torch.stack([along, away, -away]).numpy(), nan=-math.inf)
+    return scores
 
 
 def lower_bound(

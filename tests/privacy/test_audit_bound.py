@@ -9,6 +9,7 @@ from scipy import stats  # type: ignore[import-untyped]  # no py.typed
 from fedward.errors import InvalidValue
 from fedward.privacy.accounting import SampledGaussian, epsilon
 from fedward.privacy.audit_bound import (
+    Scores,
     _sampled,
     attack_releases,
     gaussian_epsilon,
@@ -21,13 +22,13 @@ from fedward.privacy.optimizer import Mechanism
 DELTA = 1e-5
 
 
-def gaussians(mu, n, seed):
+def gaussians(mu: float, n: int, seed: int) -> tuple[Scores, Scores]:
     """One attack's scores against a Gaussian mechanism."""
     generator = np.random.default_rng(seed)
     return generator.normal(mu, 1, (1, n)), generator.normal(0, 1, (1, n))
 
 
-def responses(truth, n, seed):
+def responses(truth: float, n: int, seed: int) -> tuple[Scores, Scores]:
     """One attack's scores against randomised response of an epsilon: no bound can be tighter."""
     generator = np.random.default_rng(seed)
     share = math.exp(truth) / (1 + math.exp(truth))
@@ -96,9 +97,9 @@ def test_equal_worlds_are_told_apart_by_nobody():
 
 def test_the_best_of_several_attacks_counts():
     useless, good = gaussians(0.0, 1000, 1), gaussians(3.0, 1000, 2)
-    together = [np.concatenate(sides) for sides in zip(useless, good, strict=True)]
-    given = {"delta": DELTA, "confidence": 0.99}
-    assert lower_bound(*together, **given) == lower_bound(*good, **given) > 1
+    present, absent = (np.concatenate(sides) for sides in zip(useless, good, strict=True))
+    found = lower_bound(present, absent, delta=DELTA, confidence=0.99)
+    assert found == lower_bound(*good, delta=DELTA, confidence=0.99) > 1
 
 
 @pytest.mark.parametrize("confidence", [0.5, 1.0, math.nan])

@@ -9,6 +9,8 @@ from scipy import stats  # type: ignore[import-untyped]  # no py.typed
 from fedward.errors import InvalidValue
 from fedward.privacy.audit_canaries import (
     CHANCE_EXPOSURE,
+    Included,
+    Scores,
     area,
     curve,
     exposure,
@@ -19,14 +21,14 @@ from fedward.privacy.audit_canaries import (
 DELTA = 1e-5
 
 
-def responses(truth, m, generator):
+def responses(truth: float, m: int, generator: np.random.Generator) -> tuple[Scores, Included]:
     """Randomised response of every canary by itself: scores and coins."""
     included = generator.random(m) < 0.5
     honest = generator.random(m) < math.exp(truth) / (1 + math.exp(truth))
     return (included == honest) + generator.random(m) / 1000, included
 
 
-def brute_force(m, r, v, epsilon, delta):
+def brute_force(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
     """Theorem 5.2 as it is written: a sum for every i."""
     share = math.exp(epsilon) / (1 + math.exp(epsilon))
     pmf = [math.comb(r, k) * share**k * (1 - share) ** (r - k) for k in range(r + 1)]
@@ -91,7 +93,8 @@ def test_canaries_that_all_show_are_wholly_exposed_and_refute():
 
 def test_area_is_mann_and_whitneys():
     generator = np.random.default_rng(2)
-    positive, negative = generator.integers(0, 9, 50) + 1.0, generator.integers(0, 9, 40) + 0.0
+    positive = generator.integers(1, 10, 50).astype(np.float64)
+    negative = generator.integers(0, 9, 40).astype(np.float64)
     statistic = stats.mannwhitneyu(positive, negative).statistic
     assert area(positive, negative) == pytest.approx(statistic / (50 * 40))
     assert exposure(np.array([5.0]), np.arange(5.0) - 1) == pytest.approx(math.log2(6))

@@ -169,7 +169,9 @@ def batch_mean(data: Tensor, labels: Tensor) -> Loss:
 
     def loss(model: Any, rows: Any) -> Tensor:
         weights = tokens[list(rows)]
-        return micro_loss(data, labels)(model, rows) * weights / weights.sum() * len(rows)
+        losses: Tensor = micro_loss(data, labels)(model, rows)
+        share: Tensor = weights / weights.sum() * len(rows)
+        return losses * share
 
     return loss
 
