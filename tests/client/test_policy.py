@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import re
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +187,11 @@ def test_no_file_no_training(tmp_path):
 def test_a_senseless_policy_is_refused(change):
     with pytest.raises(InvalidValue):
         dataclasses.replace(POLICY, **change)
+
+
+def test_every_key_is_explained_on_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "site.md").read_text(encoding="utf-8")
+    rows = page.partition("| key | meaning |")[2].partition("\n\n")[0]
+    names = [row.split("|")[1] for row in rows.splitlines() if row]
+    keys = re.findall(r"`(\w+)`", " ".join(names))
+    assert sorted(keys) == sorted(field.name for field in dataclasses.fields(Policy))
