@@ -58,7 +58,7 @@ HEARTBEAT_SECONDS = 15
 """Flower takes a node for offline after twice this time without a sign of life."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0
-_BUSY_POLL, _IDLE_POLL, _BUSY_SECONDS = 0.1, 1.0, 30.0
+_SHORTEST_POLL, _LONGEST_POLL = 0.1, 1.0
 _OBJECT_SECONDS = 180.0
 
 _LIBRARY_ERRORS = (
@@ -203,15 +203,15 @@ def _serve(
     context = Context(
         run_id=1, node_id=node.node_id, node_config={}, state=RecordDict(), run_config={}
     )
-    last = 0.0
+    last = time.monotonic()
     while not (stop.is_set() or presence.over.is_set()):
         pulled = client.PullMessages(PullMessagesRequest(node=node))
         for header, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
             _handle(app, client, node, message_from_proto(header), tree, context)
             last = time.monotonic()
-        if not pulled.messages_list:
-            busy = time.monotonic() - last < _BUSY_SECONDS
-            stop.wait(_BUSY_POLL if busy else _IDLE_POLL)
+        if not pulled.messages_list:  # the longer nothing came, the less often it asks
+            idle = time.monotonic() - last
+            stop.wait(min(max(_SHORTEST_POLL, idle / 5), _LONGEST_POLL))
 
 
 def _handle(
@@ -261,7 +261,7 @@ def _fetch(
         request = PullObjectRequest(node=node, run_id=run, object_id=item.object_id)
         answer = client.PullObject(request)
         while answer.object_found and not answer.object_available and time.monotonic() < end:
-            time.sleep(_BUSY_POLL)
+            time.sleep(_SHORTEST_POLL)
             answer = client.PullObject(request)
         if not answer.object_available or get_object_id(answer.object_content) != item.object_id:
             return None

@@ -56,18 +56,11 @@ _LOG = logging.getLogger(__name__)
 
 _DELIVERIES = 3
 _BEAT_SECONDS = 10.0
+_LONGEST_POLL = 0.5
 _BUSY_WAITS = (0.2, 0.5, 1.0, 2.0)
 
-_MALFORMED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    DecodeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_MALFORMED = (ArithmeticError, AssertionError, AttributeError, DecodeError, LookupError,
+              RuntimeError, TypeError, ValueError)  # fmt: skip
 """What Flower raises when it reads bytes that a site made up."""
 
 __all__ = ["LinkGrid", "LinkState", "admit_nodes", "flower_app", "open_state"]
@@ -190,6 +183,7 @@ class LinkGrid(Grid):
         self._state, self._grace, self._on_look = state, grace, on_look
         self._pending: dict[str, _Pending] = {}
         self._only_away_since: float | None = None
+        self._next_look = self._last_found = 0.0
         self._closed = threading.Event()
         self._run, self._task = _open_run(state)
         TaskIdentity.run_id, TaskIdentity.task_id = self._run.run_id, self._task
@@ -242,11 +236,17 @@ class LinkGrid(Grid):
             self._pending[number] = pending = _Pending(message=message, activation=activation)
             self._store(pending)
             ids.append(number)
+        self._next_look = self._last_found = time.monotonic()
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Take the replies that are whole; a site that is gone gives Flower's error."""
         self._on_look()
+        now = time.monotonic()
+        if now < self._next_look:
+            return []
+        # The longer nothing came, the less often it looks: a training may take an hour.
+        self._next_look = now + min((now - self._last_found) / 10, _LONGEST_POLL)
         asked = {number: self._pending[number] for number in message_ids}
         self._look(asked)
         self._redeliver(asked)
@@ -257,6 +257,7 @@ class LinkGrid(Grid):
                 found.append(whole)
                 del self._pending[number]
                 _retry_busy(partial(self._clean, number, whole.metadata.message_id))
+        self._last_found = now if found else self._last_found
         return found
 
     def send_and_receive(
