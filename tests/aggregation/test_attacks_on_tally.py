@@ -8,6 +8,7 @@ import pytest
 
 from fedward.aggregation import cohort as cohort_module
 from fedward.aggregation import shamir, wire
+from fedward.aggregation import tally as tally_module
 from fedward.aggregation.graph import Thresholds
 from fedward.aggregation.masks import Words
 from fedward.aggregation.transcript import (
@@ -196,3 +197,70 @@ def test_a_dropped_site_whose_secret_nobody_can_give_back(monkeypatch):
     rig.exchange("R2", {s: m for s, m in messages.items() if s not in dead})
     with pytest.raises(ProtocolError, match=f"3 holders of site {order[5]}'s shares"):
         rig.tally.close_masked()
+
+
+def test_one_key_for_both_purposes():
+    rig = make_rig(4)
+    hello = wire.decode_hello(rig.answer("R0", 2, rig.tally.request()))
+    same = hello._replace(mask_key=hello.envelope_key)
+    fields = cohort_module.hello_fields(rig.tally.request(), same)
+    same = same._replace(signature=sign(identity(2), "R0", *fields))
+    with pytest.raises(SiteFault, match="site 2: one of its keys"):
+        rig.tally.add_hello(2, wire.encode_hello(same))
+
+
+def resigned(rig: Rig, stage: str) -> bytes:
+    """Another message of site 2 than the one it sent, as valid as it can make it."""
+    if stage == "R0":
+        hello = wire.decode_hello(rig.said["R0"][2])._replace(nonce=bytes(32))
+        fields = cohort_module.hello_fields(rig.tally.request(), hello)
+        return wire.encode_hello(hello._replace(signature=sign(identity(2), "R0", *fields)))
+    if stage == "R1":
+        shares = wire.decode_shares(rig.said["R1"][2])
+        return wire.encode_shares(shares._replace(key_share_commitment=bytes(32)))
+    if stage == "R3":
+        return wire.encode_vote(wire.Vote(2, bytes(64)))
+    released = wire.decode_released(rig.said["R4"][2])
+    return wire.encode_released(released._replace(shares=((1, bytes(33)), *released.shares[1:])))
+
+
+@pytest.mark.parametrize("stage", ["R0", "R1", "R3", "R4"])
+def test_a_second_message_in_any_exchange(stage):
+    rig = make_rig(4)
+    rig.exchange(stage, rig.run_to(stage))
+    with pytest.raises(SiteFault, match=f"site 2: it sent two different messages in {stage}"):
+        rig.add(stage, 2, resigned(rig, stage))
+
+
+@pytest.mark.parametrize("limit", [4, 3])
+def test_signatures_of_envelopes_are_checked_up_to_the_limit(monkeypatch, limit):
+    """At as many sites as the limit a bad one is named before any holder sees it; above, later."""
+    monkeypatch.setattr(tally_module, "COMPLETE_UP_TO", limit)
+    rig = make_rig(4)
+    messages = rig.run_to("R1")
+    shares = wire.decode_shares(rig.answer("R1", 2, messages[2]))
+    bad = (shares.sealed[0]._replace(signature=bytes(64)), *shares.sealed[1:])
+    message = wire.encode_shares(shares._replace(sealed=bad))
+    if limit == 4:
+        with pytest.raises(SiteFault, match="site 2: its R1 signature"):
+            rig.tally.add_shares(2, message)
+    else:
+        rig.tally.add_shares(2, message)
+
+
+def test_too_few_holders_of_a_survivor_s_shares_end_the_session_before_anybody_masks(monkeypatch):
+    need = Thresholds(quorum=7, neighbours=6, threshold=4)
+    monkeypatch.setattr(cohort_module, "thresholds", lambda *_: need)
+    rig = make_rig(13)
+    messages = rig.run_to("R1")
+    order = rig.tally._cohort.graph._order
+    dead = {order[place] for place in (1, 2, 3)}  # half the neighbours of the first
+    rig.exchange("R1", {s: m for s, m in messages.items() if s not in dead})
+    assert rig.tally.close_shares(), "control: four of seven holders are enough"
+    again = make_rig(13)
+    messages = again.run_to("R1")
+    order = again.tally._cohort.graph._order
+    dead = {order[place] for place in (1, 2, 3, -1)}
+    again.exchange("R1", {s: m for s, m in messages.items() if s not in dead})
+    with pytest.raises(ProtocolError, match="U2 has 3 holders"):
+        again.tally.close_shares()

@@ -162,6 +162,13 @@ def test_complaints_that_do_not_hold(change):
     assert rig.tally.at_fault == frozenset()
 
 
+def test_a_site_that_left_before_complains_of_nobody():
+    rig = make_rig(5, gone={3: "R1"})
+    rig.run_to("R2")
+    with pytest.raises(SiteFault, match="site 3: it complains"):
+        rig.tally.add_complaint(3, framing(rig, bytes([1]) * 32))
+
+
 def test_a_complaint_comes_in_place_of_an_input_and_in_its_time():
     rig = make_rig(5)
     messages = rig.run_to("R2")
