@@ -17,9 +17,9 @@ from fedward.client.cli import site_app
 from fedward.client.safe_logs import keep_records_out_of_logs
 from fedward.errors import ConfigurationError, FedwardError
 from fedward.privacy.cli import privacy_app
-from fedward.simulations.audit_cli import audit
 from fedward.server.cli import run_app
 from fedward.server.members_cli import coordinator_app
+from fedward.simulations.audit_cli import audit
 
 _INTERRUPTED = 130
 
