@@ -60,14 +60,13 @@ AWAY_SECONDS = 60
 class Field:
     """The processes of the test and their folders."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.started = root, time.monotonic()
+    def __init__(self, root: Path, wires: Wires) -> None:
+        self.root, self.wires, self.started = root, wires, time.monotonic()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        config = CoordinatorConfig(
-            host="127.0.0.1", port=port, listen="127.0.0.1", away=AWAY_SECONDS
-        )
+        where = wires.address
+        config = CoordinatorConfig(host=where, port=port, listen=where, away=AWAY_SECONDS)
         self.coordinator = CoordinatorFolder.create(root / "coordinator", config)
         self.sites = dict[str, SiteFolder]()
         self.processes = dict[str, subprocess.Popen[bytes]]()

@@ -101,14 +101,14 @@ class House:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory) -> Iterator[House]:
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     house = House(tmp_path_factory.mktemp("h"))
     with office.serving(house.folder), house.online():
         yield house
 
 
 @pytest.fixture
-def control(house) -> Iterator[Control]:
+def control(house: House) -> Iterator[Control]:
     with house.engine(), open_control(house.folder) as control:
         yield control
 
@@ -190,7 +190,7 @@ def test_an_old_sign_of_life_is_none(house, monkeypatch):
     engine = Engine(house.folder, threading.Event())
     assert engine.is_fresh()
     later = time.monotonic() + engine_module.FRESH_SECONDS + 1
-    monkeypatch.setattr(engine_module.time, "monotonic", lambda: later)
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     assert not engine.is_fresh()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ LAYOUT: Layout = (("w", (2, 3)),)
 
 
 @pytest.fixture
-def book(tmp_path) -> RunBook:
+def book(tmp_path: Path) -> RunBook:
     now = iter(range(1000))
     return RunBook(tmp_path, clock=lambda: float(next(now)))
 
