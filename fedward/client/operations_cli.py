@@ -81,3 +81,44 @@ def status(site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False) -> 
         cap = "no policy" if found.max_epsilon is None else f"of {found.max_epsilon:g}"
         typer.echo(f"epsilon {found.epsilon_spent:.3f} {cap}; {found.rounds_sent} rounds sent")
     raise typer.Exit(0 if found.state == "running" else 1)
+
+
+@operations_app.command("dry-run")
+def dry_run(
+    plan: Annotated[
+        str,
+        typer.Argument(help="A plan's file, or the first digits of the hash of one that waits."),
+    ],
+    site: SiteOption = DEFAULT_SITE,
+    data: Annotated[
+        str | None, typer.Option(help="The data source; left out, the approval's or the only one.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Train one round of a plan on the site's data and throw it away: what would it cost?
+
+    Says the bytes that would leave, the epsilon, the memory and the time. Nothing is sent, this
+    process can open no connection, and the ledger does not change.
+    """
+    folder = SiteFolder.load(site)
+    confine(folder.cache)
+    from fedward.client.approval import dataset_of, find_plan
+    from fedward.client.dry_run import dry_run as try_round
+
+    found = find_plan(folder, plan)
+    ran = try_round(folder, found, data or dataset_of(folder, found))
+    if json_output:
+        typer.echo(json.dumps(dataclasses.asdict(ran), indent=2))
+        return
+    gpu = "" if ran.gpu_memory_bytes is None else f", {ran.gpu_memory_bytes / 2**30:.2f} GiB on GPU"
+    for line in (
+        f"plan {ran.plan[:12]} on {ran.dataset}: one round, thrown away",
+        f"would leave   {ran.bytes_out:,} bytes a round, {ran.update_bytes:,} of them the update",
+        f"epsilon       {ran.epsilon_round:.3f} for a round, {ran.epsilon_run:.3f} for all "
+        f"{ran.rounds}, at delta {ran.delta:g}",
+        f"ledger        admits {ran.rounds_left} of {ran.rounds} rounds now",
+        f"time          {ran.load_seconds:.1f} s to load, {ran.round_seconds:.1f} s a round",
+        f"memory        {ran.memory_bytes / 2**30:.2f} GiB{gpu}",
+        *(f"refused       {reason}" for reason in ran.refused),
+    ):
+        typer.echo(line)

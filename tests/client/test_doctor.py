@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fedward.attempt import Attempt
 from fedward.client import doctor
-from fedward.client.data_sources import DataSource, add_model, add_source
+from fedward.client.data_sources import DataSource, add_source
 from fedward.client.operations_cli import operations_app
 from fedward.client.policy import Policy, load_policy
 from fedward.client.reach import Finding
@@ -20,6 +20,7 @@ from fedward.privacy.accounting import SampledGaussian
 from fedward.privacy.ledger import Ledger
 from fedward.private_files import write_private
 from fedward.tuning.models import fingerprint
+from tests.client.well import make_site
 from tests.simulations import tiny
 
 
@@ -31,32 +32,7 @@ def verdict(finding: Finding) -> str:
 
 @pytest.fixture
 def site(tmp_path, base):
-    """A site that is enrolled, with a model, records and a policy."""
-    folder = SiteFolder.create(tmp_path / "site", SiteConfig(name="north"))
-    coordinator = Identity(bytes([7]) * 32)
-    keys = {"north": folder.identity().public_key}
-    for name in ("east", "west"):
-        keys[name] = Identity().public_key
-    members = tuple(
-        Member(id=number, name=name, public_key=key)
-        for number, (name, key) in enumerate(keys.items())
-    )
-    roster = Roster(epoch=1, coordinator=coordinator.public_key, members=members)
-    write_private(folder.roster, seal_roster(roster, coordinator))
-    folder.write_config(
-        SiteConfig(
-            name="north",
-            address="https://127.0.0.1:1",
-            coordinator=coordinator.public_key.hex(),
-        )
-    )
-    tiny.write_data(tmp_path / "records", tiny.make_rows("a", 4))
-    add_source(folder, "notes", DataSource(path=str(tmp_path / "records"), unit="patient"))
-    shutil.copytree(base, tmp_path / "model")
-    digest = add_model(folder, tmp_path / "model")
-    policy = f'max_epsilon = 8.0\ndelta = 1e-5\nmax_rounds = 9\nmodels = ["{digest}"]\n'
-    write_private(folder.policy, f'{policy}datasets = ["notes"]\n'.encode())
-    return folder
+    return make_site(tmp_path, base)
 
 
 def policy_of(site: SiteFolder) -> Policy:

@@ -7,6 +7,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +32,7 @@ def coordinator(tmp_path_factory):
     return made(tmp_path_factory.mktemp("c") / "c")
 
 
-def made(root, *, host="127.0.0.1", now=NOW):
+def made(root: Path, *, host: str = "127.0.0.1", now: datetime.datetime = NOW) -> CoordinatorFolder:
     folder = CoordinatorFolder.create(root, CoordinatorConfig(host=host))
     issue(folder, now)
     return folder
@@ -78,7 +79,9 @@ def verdicts(findings: Iterator[Finding]) -> dict[str, str]:
     return {finding.check: finding.verdict.value for finding in findings}
 
 
-def examined(folder: CoordinatorFolder, reply: bytes, ca: CoordinatorFolder | None = None):
+def examined(
+    folder: CoordinatorFolder, reply: bytes, ca: CoordinatorFolder | None = None
+) -> dict[str, str]:
     with listening(tls(folder, reply)) as port:
         return verdicts(reach(f"https://127.0.0.1:{port}", (ca or folder).ca))
 
@@ -165,7 +168,11 @@ def test_the_proxy_of_the_environment_is_used(tmp_path, monkeypatch, status, las
 def test_a_coordinator_that_says_nothing_is_given_up(coordinator, monkeypatch):
     monkeypatch.setattr(module, "_SECONDS", 0.2)
     over = threading.Event()
-    with listening(lambda connection: over.wait(5) and None) as port:
+
+    def silent(connection: socket.socket) -> None:
+        over.wait(5)
+
+    with listening(silent) as port:
         found = verdicts(reach(f"https://127.0.0.1:{port}", coordinator.ca))
         over.set()
     assert found["tls"] == "fail"

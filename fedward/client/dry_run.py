@@ -1,0 +1,217 @@
+"""One round of a plan on a site's own data, thrown away: what it would cost, and what would leave.
+
+The training and the update are the real ones. The session is a real one too, among made-up keys in
+this process. Nothing is sent, and the ledger is only read.
+"""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedward.aggregation.fixed_point import clip_update
+from fedward.aggregation.packing import pack
+from fedward.aggregation.parameters import Limits, SessionParameters
+from fedward.aggregation.planned import planned_session
+from fedward.aggregation.session_memory import VolatileMemory
+from fedward.aggregation.site_session import SiteSession
+from fedward.aggregation.tally import Tally
+from fedward.attempt import Attempt
+from fedward.client.enrol import own_membership, pinned_roster
+from fedward.client.policy import load_policy
+from fedward.client.site_folder import SiteFolder
+from fedward.client.site_trainer import trainer_maker
+from fedward.client.trainer import TrainRequest
+from fedward.errors import SiteCode
+from fedward.identity import Identity, Roster
+from fedward.messages import Letter
+from fedward.plan import Plan
+from fedward.privacy.accounting import epsilon
+from fedward.privacy.books import Books
+from fedward.privacy.ledger import read_books
+from fedward.privacy.noise import SecureStream
+from fedward.privacy.planned import metric_event, training_event
+
+_SIGNATURE_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a plan would ask of a site.
+
+    Args:
+        plan: Hex hash of the plan.
+        dataset: The data source.
+        refused: Every reason of the policy against the plan; empty where it is allowed.
+        bytes_out: Bytes of one round's answers, without the framing of the connection.
+        update_bytes: How many of them are the masked update.
+        epsilon_round: What one round costs a patient at ``delta``.
+        epsilon_run: What the whole run costs, spare rounds included.
+        delta: The ledger's.
+        rounds: Rounds and spare rounds that the plan asks for.
+        rounds_left: How many of them the ledger would admit, beside what is spent.
+        load_seconds: Reading the records and loading the model; once in a run.
+        round_seconds: Training one round.
+        memory_bytes: Most memory of this process.
+        gpu_memory_bytes: Most memory on the GPU; None where none was used.
+    """
+
+    plan: str
+    dataset: str
+    refused: tuple[str, ...]
+    bytes_out: int
+    update_bytes: int
+    epsilon_round: float
+    epsilon_run: float
+    delta: float
+    rounds: int
+    rounds_left: int
+    load_seconds: float
+    round_seconds: float
+    memory_bytes: int
+    gpu_memory_bytes: int | None
+
+
+def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
+    """Train one round as the plan says, and look at it.
+
+    Args:
+        folder: The site's; it is enrolled and has a policy.
+        plan: With the digest of its model.
+        dataset: Name of the data source.
+
+    Raises:
+        ConfigurationError: The site is not enrolled, or has no such source or no policy.
+        DataError: The records do not fit the plan.
+        ModelError: The model is not here, or training failed.
+        InvalidValue: The plan's cohort does not fit the roster.
+
+    Guarantees:
+        Nothing that depends on a patient is written, and the ledger does not change.
+    """
+    roster, policy = pinned_roster(folder), load_policy(folder.policy)
+    begin = time.monotonic()
+    trainer = trainer_maker(folder)(plan, dataset, lambda _: None)
+    tuned, attempt = trainer.tuned(plan), Attempt(run="dry-run", round=1)
+    request = TrainRequest(
+        plan=plan, attempt=attempt, draw=0, adapter=tuned.start, layout=tuned.layout
+    )
+    trainer.prepare(request)
+    loaded = time.monotonic()
+    result = trainer.train(request)
+    trained = time.monotonic()
+    session = planned_session(
+        plan, roster, attempt, task_hash=bytes(32), dimension=len(result.update)
+    )
+    update = clip_update(result.update, plan.aggregation.update_clip)
+    words = pack(update, result.slots, session, SecureStream()).nbytes
+    events = [event for event in (training_event(plan), metric_event(plan)) if event is not None]
+    count = plan.rounds.count + plan.rounds.spare
+    books = (
+        read_books(
+            folder.ledger,
+            folder.identity().public_key,
+            epsilon=policy.max_epsilon,
+            delta=policy.delta,
+        )
+        if folder.ledger.exists()
+        else Books(epsilon=policy.max_epsilon, delta=policy.delta)
+    )
+    return DryRun(
+        plan=plan.hash().hex(),
+        dataset=dataset,
+        refused=tuple(policy.reasons(plan)),
+        bytes_out=_letters(plan, roster, own_membership(folder, roster).id) + words,
+        update_bytes=words,
+        epsilon_round=epsilon(events, policy.delta),
+        epsilon_run=epsilon([event.times(count) for event in events], policy.delta),
+        delta=policy.delta,
+        rounds=count,
+        rounds_left=books.room(events, most=count),
+        load_seconds=loaded - begin,
+        round_seconds=trained - loaded,
+        memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # KiB on Linux
+        gpu_memory_bytes=(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None),
+    )
+
+
+def _letters(plan: Plan, roster: Roster, site: int) -> int:
+    """Bytes of one site's answers in a round, without the masked update.
+
+    A whole session is held among the roster's sites with keys made for it. Its update has one
+    coordinate: the length of an update changes the masked words alone.
+    """
+    keys = {member.id: Identity() for member in roster.members}
+    actors = dataclasses.replace(
+        roster,
+        coordinator=Identity().public_key,
+        members=tuple(
+            dataclasses.replace(m, public_key=keys[m.id].public_key) for m in roster.members
+        ),
+    )
+    attempt = Attempt(run="dry-run", round=1)
+    session = planned_session(plan, actors, attempt, task_hash=bytes(32), dimension=1)
+    messages = _session(session, actors, keys, site)
+    size = 0
+    for action in ("task", *messages, "evaluate"):
+        parts = {"message": messages[action]} if action in messages else {}
+        letter = Letter(
+            action=action,
+            attempt=attempt,
+            site=site,
+            code=SiteCode.READY,
+            parts=parts | ({"words": b""} if action == "masked" else {}),
+            lines=((1, "0" * 64), (2, "0" * 64)),
+        )
+        size += len(letter.header()) + _SIGNATURE_BYTES + sum(map(len, parts.values()))
+    return size
+
+
+def _session(
+    parameters: SessionParameters, roster: Roster, keys: Mapping[int, Identity], site: int
+) -> dict[str, bytes]:
+    """Hold a session over updates of zeros; one site's messages by action."""
+    limits = Limits(
+        colluders=parameters.colluders, minimum=parameters.minimum, sites=len(roster.members)
+    )
+    sessions = {
+        member: SiteSession(
+            identity=key,
+            site=member,
+            roster=roster,
+            limits=limits,
+            memory=VolatileMemory(),
+            expected=parameters,
+        )
+        for member, key in keys.items()
+    }
+    tally, said = Tally(parameters=parameters, roster=roster), dict[str, bytes]()
+
+    def exchange(
+        action: str,
+        todo: Mapping[int, bytes],
+        answer: Callable[[SiteSession, bytes], bytes],
+        add: Callable[[int, bytes], None],
+    ) -> None:
+        for member, message in todo.items():
+            reply = answer(sessions[member], message)
+            add(member, reply)
+            if member == site:
+                said[action] = reply
+
+    exchange("hello", dict.fromkeys(keys, tally.request()), SiteSession.hello, tally.add_hello)
+    exchange("shares", tally.close_hellos(), SiteSession.shares, tally.add_shares)
+    slots = np.zeros(len(parameters.slots))
+    for member, message in tally.close_shares().items():
+        zeros = pack(np.zeros(1, dtype=np.float32), slots, parameters, SecureStream())
+        header, words = sessions[member].masked(message, zeros)
+        tally.add_masked(member, header, words)
+        if member == site:
+            said["masked"] = header
+    exchange("consistency", tally.close_masked(), SiteSession.consistency, tally.add_consistency)
+    exchange("unmask", tally.close_consistency(), SiteSession.unmask, tally.add_unmask)
+    return said
