@@ -211,6 +211,31 @@ def add_model(
     typer.echo(f'{digest}\nnext: models = ["{digest}"] in policy.toml')
 
 
+@policy_app.command("sign")
+def sign_plan(
+    plan: _PlanArgument,
+    key: Annotated[
+        Path, typer.Option(help="The signer's secret key; made on first use.", show_default=False)
+    ],
+    site: SiteOption = DEFAULT_SITE,
+    json_output: JsonOption = False,
+) -> None:
+    """Sign a plan as one of a policy's signers, for example as a data-use board.
+
+    First line: the signature, for approve --signature. Second: the public key, for signers.
+    """
+    from fedward.client.approval import find_plan, plan_signature
+    from fedward.identity import Identity
+
+    identity = Identity.load_or_create(key)
+    signature = identity.sign(*plan_signature(find_plan(SiteFolder.load(site), plan))).hex()
+    public_key = identity.public_key.hex()
+    if json_output:
+        typer.echo(json.dumps({"signature": signature, "public_key": public_key}, indent=2))
+        return
+    typer.echo(f"{signature}\n{public_key}")
+
+
 @policy_app.command("check")
 def check_policy(
     plan: _PlanArgument, site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False

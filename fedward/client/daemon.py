@@ -16,7 +16,7 @@ from fedward.client.approval import Consent
 from fedward.client.codes import reason_of
 from fedward.client.enrol import fetch_roster, offer_roster, own_membership, pinned_roster
 from fedward.client.fleet import Office, stay_connected
-from fedward.client.journal import Journal
+from fedward.client.journal import Journal, verify_journal
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import load_policy
 from fedward.client.site_folder import SiteFolder
@@ -56,6 +56,7 @@ def run_site(
         LedgerError: Ledger, memory or journal are broken.
     """
     with _alone(folder):
+        verify_journal(folder, folder.identity().public_key)  # one that went back stops the site
         while not stop.is_set():
             changed = threading.Event()
             with _agent(folder, trainer, key) as (agent, journal):

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedward.cli import app
-from fedward.client.approval import Consent, plan_signature
+from fedward.client.approval import Consent
 from fedward.client.enrol import pinned_roster
 from fedward.client.policy import Policy, load_policy
 from fedward.client.site_folder import SiteFolder
@@ -181,16 +181,17 @@ def test_a_plan_that_came_from_the_coordinator_waits_and_is_approved_by_its_hash
 
 
 def test_a_signer_s_signature_comes_as_a_file(member, base):
-    board = Identity()
-    digest = prepare(member, base, signers=(board.public_key.hex(),))
-    plan = dataclasses.replace(PLAN, model=dataclasses.replace(PLAN.model, sha256=digest))
-    (member.root / "plan.json").write_bytes(plan.to_json())
-    (member.root / "signature").write_text(board.sign(*plan_signature(plan)).hex())
-    made = member.json("site approve ROOT/plan.json --signature ROOT/signature SITE")
-    assert made["signer"] == board.public_key.hex()
+    prepare(member, base)
+    board = member.json("site policy sign ROOT/plan.toml --key ROOT/board SITE")
+    prepare(member, base, signers=(board["public_key"],))
+    signature = member("site policy sign ROOT/plan.toml --key ROOT/board SITE").splitlines()[0]
+    assert signature == board["signature"]
+    (member.root / "signature").write_text(signature)
+    made = member.json("site approve ROOT/plan.toml --signature ROOT/signature SITE")
+    assert made["signer"] == board["public_key"]
     (member.root / "signature").write_text("no hex")
     with pytest.raises(ConfigurationError, match="in hex"):
-        member("site approve ROOT/plan.json --signature ROOT/signature SITE")
+        member("site approve ROOT/plan.toml --signature ROOT/signature SITE")
 
 
 def test_data_is_listed_in_the_site_s_words(member, base):
