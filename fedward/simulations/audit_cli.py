@@ -47,9 +47,9 @@ def audit(
 ) -> None:
     """Try by attack whether the engine keeps what a plan promises.
 
-    Three layers: how far one unit moves a sum before noise, what an attack on single steps proves
-    of epsilon, and how well canaries are found in one whole training. It can refute the promise,
-    with exit code 1; it cannot prove it.
+    Three layers: how far one unit moves a sum before noise, what an attack on single
+    steps proves of epsilon, and how well canaries are found in one whole training. It
+    can refute the promise, with exit code 1; it cannot prove it.
     """
     from fedward.simulations.audit import AuditOptions, run_audit  # heavy, like torch
 
