@@ -48,8 +48,8 @@ def attack(
     records: Records,
     *,
     stream: SecureStream,
-    members: int = 100,
-    references: int = 3,
+    members: int = 60,
+    references: int = 2,
     patients: int = 20,
     progress: Progress = lambda _: None,
 ) -> Attacks:

@@ -172,7 +172,11 @@ def _rounds(plan: Plan, options: AuditOptions) -> int:
 
 def _attacks(plan: Plan, stream: SecureStream, show: Callable[[str], None]) -> Attacks:
     demo, data, _ = prepare_demo(0, Console(quiet=True))
-    # What protects is the plan's; model, notes and length of training are the demo's.
-    demo = dataclasses.replace(demo, privacy=plan.privacy)
+    # What protects is the plan's. A long training on few patients, so that without protection there
+    # is something to find; the noise grows with it, to the same epsilon.
+    rounds = dataclasses.replace(
+        demo.rounds, count=16, spare=0, steps=10, sampling_rate=0.25, normaliser=15.0
+    )
+    demo = dataclasses.replace(demo, privacy=plan.privacy, rounds=rounds)
     records = read_records(data / "train.jsonl", demo)
     return attack(demo, records, stream=stream.child("attacks"), progress=show)

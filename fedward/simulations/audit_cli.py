@@ -51,8 +51,11 @@ def audit(
     steps proves of epsilon, and how well canaries are found in one whole training. It
     can refute the promise, with exit code 1; it cannot prove it.
     """
-    from fedward.simulations.audit import AuditOptions, run_audit  # heavy, like torch
+    from transformers.utils.logging import disable_progress_bar  # heavy, like torch
 
+    from fedward.simulations.audit import AuditOptions, run_audit
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs; ours shows the whole audit
     options = AuditOptions(
         plan=plan,
         data=data,
