@@ -116,8 +116,9 @@ def _linear(module: nn.Linear | Conv1D) -> Forward:
         if module.weight.requires_grad:
             left, right = (x.to(grad.dtype), grad) if transposed else (grad, x.to(grad.dtype))
             _add(module.weight, _products(left, right))
-        if module.bias is not None and module.bias.requires_grad:
-            _add(module.bias, grad.sum(1))
+        bias: nn.Parameter | None = module.bias
+        if bias is not None and bias.requires_grad:
+            _add(bias, grad.sum(1))
 
     def forward(x: Tensor) -> Tensor:
         matrix = module.weight.t() if transposed else module.weight

@@ -226,7 +226,8 @@ def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
                 f"{name} has a gradient hook, which would see or step along gradients that nobody "
                 "has clipped; remove it (optimizers that step during backward set such hooks)"
             )
-    if isinstance(optimizer, Optimizer8bit) and optimizer.args.optim_bits == 8:
+    # The class is the base of theirs with 32 bits too.
+    if isinstance(optimizer, Optimizer8bit) and vars(optimizer)["args"].optim_bits == 8:
         raise UncoveredParameters(
             f"{type(optimizer).__name__} keeps its states in 8 bits, but private training is held "
             "to float32 throughout; use torch.optim's"

@@ -59,7 +59,8 @@ class Ranks:
         """Replace tensors by their sums over all processes, in one exchange."""
         flat = torch.cat([total.flatten() for total in totals])
         dist.all_reduce(flat, group=self._group)
-        for total, summed in zip(totals, flat.split([t.numel() for t in totals]), strict=True):
+        sums = torch.split_with_sizes(flat, [total.numel() for total in totals])
+        for total, summed in zip(totals, sums, strict=True):
             total.copy_(summed.view_as(total))
 
     def most(self, n: int, device: torch.device) -> int:

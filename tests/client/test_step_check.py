@@ -46,7 +46,9 @@ def test_the_slow_way_is_said_when_the_run_is_planned(base, caplog):
 def fused(layer: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     """LoRA as fused kernels compute it: straight from the weights."""
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return layer.base_layer(x) + F.linear(F.linear(x, a), b) * layer.scaling["default"]
+    y: torch.Tensor = layer.base_layer(x)
+    added: torch.Tensor = F.linear(F.linear(x, a), b) * layer.scaling["default"]
+    return y + added
 
 
 def test_fused_kernels_are_refused_before_anything_is_reserved(base, fresh, monkeypatch):
@@ -62,7 +64,9 @@ def test_a_loss_over_the_tokens_of_the_batch_is_refused(base, fresh, monkeypatch
     def coupled(model: Any, batch: Any) -> torch.Tensor:
         logits = model(batch["input_ids"], batch["attention_mask"]).logits
         tokens = batch["attention_mask"].sum(1)
-        return F.cross_entropy(logits, batch["labels"], reduction="none") * tokens / tokens.sum()
+        losses = F.cross_entropy(logits, batch["labels"], reduction="none")
+        coupled: torch.Tensor = losses * tokens / tokens.sum()
+        return coupled
 
     monkeypatch.setattr("fedward.client.step_check.loss_per_example", coupled)
     with pytest.raises(ModelError, match="its own token count"):

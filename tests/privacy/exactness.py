@@ -76,8 +76,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with the adapter's added."""
-        y: Tensor = self.layer(x)
-        return y + self.up(torch.relu(self.down(y)))
+        y = self.layer(x)
+        added: Tensor = y + self.up(torch.relu(self.down(y)))
+        return added
 
 
 def adapted(base: str) -> Any:

@@ -1,5 +1,7 @@
 """What is covered, what goes to the loop and what is refused; exactness is in test_exactness."""
 
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
@@ -53,7 +55,8 @@ def test_half_precision_and_nothing_at_all_are_refused():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch compiling
 def test_wrappers_that_touch_gradients_before_the_clip_are_refused():
-    for wrap in (nn.DataParallel, torch.compile):
+    wraps: tuple[Any, ...] = (nn.DataParallel, torch.compile)
+    for wrap in wraps:
         with pytest.raises(UncoveredParameters, match="give the model itself"):
             coverage(wrap(sequential()))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
@@ -82,7 +83,7 @@ def different_keys(rank: int) -> None:
 def _process(rank: int, work: Callable[[int], None], folder: Path) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
+    store = FileStore(str(folder / "store"), 2)
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
     try:
@@ -97,12 +98,12 @@ def _process(rank: int, work: Callable[[int], None], folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [whole_models, sharded_models, different_keys])
 def test_two_processes_take_the_step_of_one(work, tmp_path):
-    spawn(_process, (work, tmp_path), nprocs=2)
+    spawn(_process, (work, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]  # torch
 
 
 def test_a_single_process_group_changes_nothing(tmp_path):
     dist.init_process_group(
-        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+        "gloo", store=FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )
     try:
         found = trained(tiny.lora(tiny.causal("Llama")), Ranks())
