@@ -31,6 +31,7 @@ def run(
     """
     from fedward.client.daemon import run_site  # Flower and torch are heavy
     from fedward.client.remote_trainer import site_remote_trainer
+    from fedward.client.status import signs_of_life
 
     folder, stop = SiteFolder.load(site), threading.Event()
 
@@ -44,8 +45,15 @@ def run(
     os.umask(0o077)
     logging.getLogger("fedward").setLevel(logging.INFO)
     logger = logging.getLogger(__name__)
-    trainer = site_remote_trainer(folder, child=not trainer_apart)
-    try:
-        run_site(folder, trainer, stop, on_state=lambda state: logger.info("%s", state))
-    finally:
-        trainer.close()
+    with signs_of_life(folder) as pulse:
+
+        def told(state: str) -> None:
+            logger.info("%s", state)
+            pulse.connection(state)
+
+        child = not trainer_apart
+        trainer = site_remote_trainer(folder, child=child, on_progress=pulse.progress)
+        try:
+            run_site(folder, trainer, stop, on_state=told)
+        finally:
+            trainer.close()

@@ -7,6 +7,7 @@ loopback.
 """
 
 import contextlib
+import fcntl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,10 +65,17 @@ def signs_of_life(folder: SiteFolder) -> Iterator[Pulse]:
         folder: The site's.
 
     Raises:
-        ConfigurationError: The socket's folder is open to others, or a port or socket is taken.
+        ConfigurationError: Another process runs this site, others can open the socket's folder, or
+            the port is taken.
     """
-    pulse, over = Pulse(life_file(folder)), threading.Event()
+    over = threading.Event()
     with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((folder.root / "life.lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigurationError(f"{folder.root}: another process runs this site") from error
+        pulse = Pulse(life_file(folder))
         stack.callback(pulse.end)
         set_health = stack.enter_context(_health(folder.control_socket))
         port = folder.config().status_port

@@ -158,6 +158,15 @@ def test_a_taken_port_is_explained(site):
     assert seen(site)[0] == "stopped"
 
 
+def test_a_second_agent_does_not_speak_for_the_first(site):
+    with signs_of_life(site) as pulse:
+        pulse.connection("connected")
+        with pytest.raises(ConfigurationError, match="another process"), signs_of_life(site):
+            pass
+        assert seen(site) == ("running", True, False, 0)
+        assert health(site)
+
+
 def test_metrics_leave_out_what_is_not_known(site):
     text = prometheus(site_status(site))
     assert "epsilon_cap" not in text
