@@ -255,7 +255,7 @@ class Aggregation:
         positive = 0 < self.update_clip < math.inf
         _check(positive, "update_clip", self.update_clip, "a number above 0")
         for name, weight in (self.weights or {}).items():
-            holds = isinstance(weight, float) and 1e-9 <= weight <= 1e9
+            holds = type(weight) is float and 1e-9 <= weight <= 1e9
             _check(holds, f"weights.{name}", weight, "a number, 1e-9 to 1e9")
 
 

@@ -264,3 +264,12 @@ def test_too_few_holders_of_a_survivor_s_shares_end_the_session_before_anybody_m
     again.exchange("R1", {s: m for s, m in messages.items() if s not in dead})
     with pytest.raises(ProtocolError, match="U2 has 3 holders"):
         again.tally.close_shares()
+
+
+def test_a_forged_hello_costs_the_forger_alone():
+    rig = make_rig(4)
+    hello = wire.decode_hello(rig.answer("R0", 2, rig.tally.request()))
+    with pytest.raises(SiteFault, match="site 2: its R0 signature"):
+        rig.tally.add_hello(2, wire.encode_hello(hello._replace(signature=bytes(64))))
+    rig.exchange("R0", dict.fromkeys((1, 3, 4), rig.tally.request()))
+    assert sorted(rig.tally.close_hellos()) == [1, 3, 4]

@@ -20,7 +20,7 @@ CLIP = 0.3
 def test_rounds_with_a_dropout(tmp_path, base):
     plan = tiny.make_plan(base, aggregation=Aggregation(word_bits=16, update_clip=CLIP))
     trainers = tiny.recorders(tiny.make_sites(4))
-    sizes = set()
+    sizes = set[int]()
 
     def watch(message):
         if message.metadata.message_type == "train.masked" and message.has_content():
