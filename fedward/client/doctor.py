@@ -1,7 +1,7 @@
 """Everything that can keep a site from training, looked at before it does; each with what to do.
 
 The checks are real: the doctor connects, reads every record, hashes the models, verifies the
-ledger and tries the sandbox. It changes nothing and sends nothing but a TLS greeting.
+ledger and tries the sandbox. It changes nothing, and sends the coordinator an empty request.
 """
 
 import os
