@@ -222,7 +222,8 @@ def test_health_and_a_socket_of_ones_own(control, house):
     with grpc.insecure_channel(f"unix:{house.folder.control_socket}") as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for service in ("", "link"):
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            request = health_pb2.HealthCheckRequest(service=service)
+            answer = stub.Check(request, timeout=10)  # pyright: ignore[reportAttributeAccessIssue]  # generated
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
