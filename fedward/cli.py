@@ -17,8 +17,8 @@ from fedward.client.cli import site_app
 from fedward.client.safe_logs import keep_records_out_of_logs
 from fedward.errors import ConfigurationError, FedwardError
 from fedward.privacy.cli import privacy_app
-from fedward.server.cli import run_app
-from fedward.server.members_cli import coordinator_app
+from fedward.server.cli import coordinator_app, run_app
+from fedward.server.members_cli import members_app
 from fedward.simulations.audit_cli import audit
 
 _INTERRUPTED = 130
@@ -30,6 +30,7 @@ app = typer.Typer(
     help="Hospitals fine-tune one language model together: private adapters, secure sums.",
     epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted.",
 )
+coordinator_app.add_typer(members_app)
 app.add_typer(coordinator_app, name="coordinator")
 app.add_typer(run_app, name="run")
 app.add_typer(site_app, name="site")

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PublicKey,
 )
 
-from fedward.canonical import canonical_json, digest
+from fedward.canonical import Json, canonical_json, digest
 from fedward.errors import IdentityError
 
 _SIGNATURE_BYTES = 64
@@ -200,7 +200,11 @@ def fingerprint(public_key: bytes) -> str:
 def seal_roster(roster: Roster, identity: Identity) -> bytes:
     """The roster as bytes that the coordinator has signed; :func:`open_roster` reads them."""
     members = [[m.id, m.name, m.public_key.hex()] for m in roster.members]
-    facts = {"epoch": roster.epoch, "coordinator": roster.coordinator.hex(), "members": members}
+    facts: dict[str, Json] = {
+        "epoch": roster.epoch,
+        "coordinator": roster.coordinator.hex(),
+        "members": members,
+    }
     return identity.seal(_ROSTER, canonical_json(facts))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from fedward.errors import ConfigurationError
 from fedward.private_files import check_private, make_private_folder, write_private
 
 
-def mode(path):
+def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 

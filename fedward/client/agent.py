@@ -142,6 +142,7 @@ class Agent:
         asked = hashlib.sha256(letter.header()).digest()
         known = self._answers.get(letter.action)
         if known is not None and known[0] == asked:
+            self._note("answered again", {"action": letter.action, "asked": asked.hex()})
             return known[1]
         code, parts = self._act(letter)
         try:

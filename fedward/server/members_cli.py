@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedward.server.cli import coordinator_app
 from fedward.server.coordinator_folder import CoordinatorConfig, CoordinatorFolder
+
+members_app = typer.Typer()
 
 _HOUR = 3600
 _MOST_HOURS = 24 * 14
@@ -26,7 +27,7 @@ _Site = Annotated[str, typer.Argument(help="The site's name.", show_default=Fals
 _DEFAULT = Path("coordinator")
 
 
-@coordinator_app.command()
+@members_app.command()
 def init(
     host: Annotated[
         str, typer.Option(help="DNS name or IP address that sites connect to.", show_default=False)
@@ -63,7 +64,7 @@ def init(
     typer.echo("next: fedward coordinator invite SITE, then fedward coordinator serve")
 
 
-@coordinator_app.command()
+@members_app.command()
 def invite(
     site: _Site,
     folder: _Folder = _DEFAULT,
@@ -98,7 +99,7 @@ def invite(
     typer.echo(f"a secret, for site {site!r} alone, until {_local(expires)}", err=True)
 
 
-@coordinator_app.command()
+@members_app.command()
 def roster(folder: _Folder = _DEFAULT, json_output: _Json = False) -> None:
     """Every site with its fingerprint, to compare on the telephone, and open invitations."""
     from fedward.identity import fingerprint
@@ -132,7 +133,7 @@ def roster(folder: _Folder = _DEFAULT, json_output: _Json = False) -> None:
     Console(width=100, highlight=False).print(table)
 
 
-@coordinator_app.command()
+@members_app.command()
 def revoke(site: _Site, folder: _Folder = _DEFAULT, json_output: _Json = False) -> None:
     """Put a site out of the roster for good; its keys and its number never come back.
 

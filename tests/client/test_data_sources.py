@@ -25,7 +25,7 @@ from fedward.plan import Data, Model, Plan, Split, Task
 from fedward.tuning.models import fingerprint
 from tests.client.test_policy import PLAN
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"note": "a", "code": "flu", "mrn": 1},
     {"note": "b", "code": "cold", "mrn": 1},
     {"note": "c", "code": "flu", "mrn": 2},

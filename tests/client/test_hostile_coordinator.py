@@ -3,6 +3,7 @@
 The sites are whole: folders with keys, policy, approvals, ledger, memory and journal.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -21,7 +22,7 @@ from fedward.client.journal import Journal, verify_journal
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import load_policy
 from fedward.client.site_folder import SiteConfig, SiteFolder
-from fedward.errors import IdentityError, SiteCode
+from fedward.errors import IdentityError, LedgerRolledBack, SiteCode
 from fedward.identity import Identity
 from fedward.messages import Letter, open_letter, seal_letter
 from fedward.plan import Cohort, Plan, Privacy, Tuner
@@ -79,7 +80,7 @@ class Field(Desk):
         why, answer = self.journal()[-2:]
         assert why["what"] == "refused"
         assert reason in why["reason"]
-        assert (answer["what"], answer["code"], answer["sent"]) == ("answered", code.value, {})
+        assert (answer["what"], answer["code"], answer["sent"]) == ("answered", expected.value, {})
 
 
 @pytest.fixture
@@ -327,6 +328,26 @@ def test_a_journal_that_cannot_be_written_stops_the_site(field):
     field.files[0][2].close()
     assert field.task(FIRST, 0) is SiteCode.REFUSED_BUDGET
     assert not field.trainers[0].requests
+
+
+def test_a_journal_without_its_last_lines_is_noticed_by_the_ledger(field):
+    field.round(1)
+    path = field.site(0).journal
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-7]))
+    with pytest.raises(LedgerRolledBack):
+        field.journal()
+    path.write_bytes(whole)
+    assert field.journal()
+
+
+def test_a_letter_that_comes_again_is_journalled_and_gets_the_same_bytes(field):
+    letter = field.letter("task", FIRST, 0, field.task_parts())
+    one, two = (field.agents[0].answer(copy.deepcopy(letter)) for _ in range(2))
+    assert one is two
+    assert [entry["what"] for entry in field.journal()] == [
+        "reserved", "answered", "answered again"
+    ]  # fmt: skip
 
 
 def test_the_plan_of_the_desk_is_within_every_policy():
