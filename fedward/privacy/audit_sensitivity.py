@@ -108,6 +108,7 @@ def releases(
         mechanism,
         steps=steps,
         stream=stream or SecureStream(),
+        physical_batch=max(32, mechanism.records_per_unit),
         on_step=end,
     )
     return torch.stack(rows)

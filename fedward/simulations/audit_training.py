@@ -114,7 +114,16 @@ def _step(
 
     hook = optimizer.register_step_pre_hook(keep)
     try:
-        train_steps(model, units, _loss(encoded), optimizer, step, steps=1, stream=stream)
+        train_steps(
+            model,
+            units,
+            _loss(encoded),
+            optimizer,
+            step,
+            steps=1,
+            stream=stream,
+            physical_batch=max(_BATCH, step.records_per_unit),
+        )
     finally:
         hook.remove()
     return released[0]

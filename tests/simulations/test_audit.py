@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedward.errors import InvalidValue, PrivacyError
+from fedward.errors import ConfigurationError, InvalidValue, PrivacyError
 from fedward.plan import Privacy, load_plan
 from fedward.privacy.noise import SecureStream
 from fedward.simulations.audit import AuditOptions, run_audit
@@ -112,7 +112,7 @@ def test_a_tiny_rig_keeps_the_plans_constants_and_has_unlike_neighbours(tmp_path
 
 def test_canaries_that_need_too_much_memory_are_refused(plan, tmp_path):
     rig = tiny_rig(load_plan(plan), tmp_path, stream())
-    with pytest.raises(Exception, match="or fewer, or without --data"):
+    with pytest.raises(ConfigurationError, match="or fewer, or without --data"):
         audit_training(rig, canaries=10**7, rounds=1, confidence=0.95, stream=stream())
 
 
