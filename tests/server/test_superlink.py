@@ -199,6 +199,7 @@ def test_a_site_that_stays_away_counts_as_unavailable_after_the_grace(house):
     assert len(house.state.object_store) == 0
 
 
+@pytest.mark.slow
 def test_a_client_reconnects_when_the_link_comes_back(tmp_path):
     house, states = House(tmp_path), list[str]()
     with house.online(echo(), house.sites[0], states=states), house.grid() as grid:
@@ -210,6 +211,7 @@ def test_a_client_reconnects_when_the_link_comes_back(tmp_path):
                 assert data_of(reply) == b"ba"
 
 
+@pytest.mark.slow
 def test_the_database_outlives_a_killed_engine_and_its_run_does_not(house):
     left = LinkGrid(house.state)  # killed: never closed
     left.push_messages([letter(left, house.nodes[0], b"old")])
@@ -303,6 +305,7 @@ def test_a_key_that_is_none_is_refused(tmp_path, house):
         )
 
 
+@pytest.mark.slow
 def test_a_revoked_node_is_out_and_a_message_to_it_is_answered_at_once(tmp_path):
     house = House(tmp_path)
     keys = office.fleet_keys(house.coordinator)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from fedward.server.supervisor import Part, supervise
 
 WRITE = "import os, sys; open(sys.argv[1], 'a').write(f'{os.getpid()}\\n'); "
@@ -50,6 +52,7 @@ def test_a_killed_part_starts_again_and_all_end_together(tmp_path):
     assert not any(alive(pid) for pid in (*pids(a), *pids(b)))
 
 
+@pytest.mark.slow
 def test_a_part_that_dies_at_once_is_started_more_and_more_slowly(tmp_path):
     path, stop = tmp_path / "a", threading.Event()
     thread = threading.Thread(target=supervise, args=([part(path, DIE)], stop))
