@@ -176,6 +176,9 @@ def test_a_complaint_comes_in_place_of_an_input_and_in_its_time():
     rig.add("R2", 3, rig.answer("R2", 3, messages[3]))
     with pytest.raises(SiteFault, match="two different"):
         rig.tally.add_complaint(3, complaint)
+    rig.tally.add_complaint(4, framing(rig, NO_KEY, holder=4))
+    with pytest.raises(SiteFault, match="site 4: it sent two different"):
+        rig.add("R2", 4, rig.answer("R2", 4, messages[4]))
     early = make_rig(5)
     with pytest.raises(ProtocolError, match="not open"):
         early.tally.add_complaint(3, complaint)
