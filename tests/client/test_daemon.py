@@ -1,0 +1,75 @@
+"""The resident agent around its folder; tests/server/test_coordinator.py has it on the wire."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedward.client import daemon
+from fedward.client.daemon import run_site
+from fedward.client.journal import verify_journal
+from fedward.client.site_folder import SiteConfig, SiteFolder
+from fedward.errors import ConfigurationError
+from fedward.private_files import write_private
+from tests.client import desk
+from tests.server import office
+
+POLICY = f'max_epsilon = 8.0\ndelta = 1e-5\nmax_rounds = 4\nmodels = ["{"a" * 64}"]\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SiteFolder:
+    """An enrolled site whose coordinator is not there."""
+    coordinator = office.make_coordinator(tmp_path / "c")
+    (site,) = office.enrol_sites(coordinator, tmp_path, ["x"])
+    write_private(site.policy, POLICY.encode())
+    return site
+
+
+def started(folder: SiteFolder) -> int:
+    """How often the agent was built, by its journal."""
+    if not folder.journal.exists():
+        return 0
+    return folder.journal.read_text().count('"what":"started"')
+
+
+def wait_for(holds, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_it_takes_up_a_changed_policy_waits_for_its_coordinator_and_stops(folder):
+    stop, states = threading.Event(), list[str]()
+    thread = threading.Thread(
+        target=run_site, args=(folder, desk.Scripted(0), stop), kwargs={"on_state": states.append}
+    )
+    thread.start()
+    wait_for(lambda: started(folder) == 1)
+    write_private(folder.policy, POLICY.replace("8.0", "4.0").encode())
+    wait_for(lambda: started(folder) == 2)
+    with pytest.raises(ConfigurationError, match="another process runs this site"):
+        run_site(folder, desk.Scripted(0), threading.Event())
+    stop.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert set(states) == {"disconnected"}
+    whats = [entry["what"] for entry in verify_journal(folder, folder.identity().public_key)]
+    assert whats == ["started", "policy or roster changed", "started", "stopped"]
+
+
+def test_without_a_policy_nothing_runs(folder):
+    folder.policy.unlink()
+    with pytest.raises(ConfigurationError, match=r"policy\.toml"):
+        run_site(folder, desk.Scripted(0), threading.Event())
+
+
+def test_a_site_that_is_not_enrolled_is_told_what_to_do(tmp_path):
+    folder = SiteFolder.create(tmp_path / "s", SiteConfig(name="s"))
+    write_private(folder.policy, POLICY.encode())
+    with pytest.raises(ConfigurationError, match="site enrol"):
+        run_site(folder, desk.Scripted(0), threading.Event())
+    with pytest.raises(ConfigurationError, match="site enrol"):
+        daemon._office(folder)
