@@ -64,8 +64,8 @@ def make_plan(base: Path) -> Plan:
             count=ROUNDS,
             spare=3,
             steps=3,
-            sampling_rate=0.5,
-            normaliser=12.0,
+            sampling_rate=1.0,  # at this rate the noise is found at once
+            normaliser=24.0,
             learning_rate=0.02,
             deadline="10m",
         ),

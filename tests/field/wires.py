@@ -66,8 +66,9 @@ class Wires:
             holder.wait()
 
     def _hold(self, machine: str) -> None:
-        """A process that keeps a namespace open."""
-        holder = subprocess.Popen([str(shutil.which("unshare")), "-n", "sleep", "infinity"])
+        """A process that keeps a namespace open until this one ends."""
+        command = [str(shutil.which("unshare")), "-n", "cat"]
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE)
         self._holders[machine] = holder
         mine = Path("/proc/self/ns/net").stat().st_ino
         for _ in range(_TRIES):
