@@ -199,7 +199,7 @@ def fingerprint(public_key: bytes) -> str:
 
 def seal_roster(roster: Roster, identity: Identity) -> bytes:
     """The roster as bytes that the coordinator has signed; :func:`open_roster` reads them."""
-    members = [[m.id, m.name, m.public_key.hex()] for m in roster.members]
+    members: list[Json] = [[m.id, m.name, m.public_key.hex()] for m in roster.members]
     facts: dict[str, Json] = {
         "epoch": roster.epoch,
         "coordinator": roster.coordinator.hex(),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedward import typed_toml
 from fedward.canonical import canonical_json
+from fedward.client.journal import journal_command
 from fedward.client.policy import Policy, load_policy
 from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError, IdentityError, PolicyRefusal
@@ -83,11 +84,16 @@ class Consent:
             approval = find_approval(self._folder, plan, self.policy)
             lacking = list(_lacking(plan, self.policy, approval))
             reasons += _changed(self._folder, self.policy)
-            if lacking and not reasons:
+            if lacking and not _standing(plan, self.policy, now):
                 _keep_waiting(self._folder, plan)
         if reasons or lacking:
             raise PolicyRefusal([*reasons, *lacking])
         return approval
+
+
+def _standing(plan: Plan, policy: Policy, now: datetime | None) -> list[str]:
+    """The reasons against a plan that do not pass with the hour."""
+    return list(dataclasses.replace(policy, hours=()).reasons(plan, now))
 
 
 def _lacking(plan: Plan, policy: Policy, approval: Approval | None) -> list[str]:
@@ -105,7 +111,9 @@ def _lacking(plan: Plan, policy: Policy, approval: Approval | None) -> list[str]
 def _changed(folder: SiteFolder, policy: Policy) -> list[str]:
     """The file on the disk is the site's word; the process may have read an older one."""
     if load_policy(folder.policy).hash() != policy.hash():
-        return ["policy.toml has changed since this process read it; the next task finds the new one"]
+        return [
+            "policy.toml has changed since this process read it; the next task finds the new one"
+        ]
     return []
 
 
@@ -118,7 +126,7 @@ def approve(
     dataset: str | None = None,
     signature: bytes | None = None,
 ) -> Approval:
-    """Approve a plan under the site's present policy; durable on return.
+    """Approve a plan under the site's present policy; in the journal first, durable on return.
 
     Args:
         folder: The site's.
@@ -135,7 +143,7 @@ def approve(
         IdentityError: The signature is by none of the signers.
     """
     policy = load_policy(folder.policy)
-    reasons = list(dataclasses.replace(policy, hours=()).reasons(plan, now))
+    reasons = _standing(plan, policy, now)
     if reasons:
         raise PolicyRefusal(reasons)
     approval = Approval(
@@ -147,6 +155,7 @@ def approve(
         when=now.isoformat(timespec="seconds"),
         signer=None if signature is None else _signer(plan, policy, signature),
     )
+    journal_command(folder, "plan approved", dataclasses.asdict(approval))
     body = canonical_json(dataclasses.asdict(approval))
     write_private(
         folder.approvals / f"{approval.plan}.signed", folder.identity().seal(_PURPOSE, body)

@@ -300,10 +300,8 @@ def approve(
         dataset=data,
         signature=None if signature is None else _hex_file(signature),
     )
-    facts = dataclasses.asdict(made)
-    journal_command(folder, "plan approved", facts)
     if json_output:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(dataclasses.asdict(made), indent=2))
         return
     typer.echo(f"plan {made.plan[:12]} is approved for data {made.dataset!r} by {made.who}")
 

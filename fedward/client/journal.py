@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json
-from fedward.client.approval import Approval
 from fedward.client.policy import Policy
 from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError, LedgerError, LedgerRolledBack, SiteCode
@@ -26,6 +25,7 @@ from fedward.plan import Plan
 from fedward.privacy.chain import LEDGER, Chain, read_lines
 
 if TYPE_CHECKING:
+    from fedward.client.approval import Approval  # which writes here itself
     from fedward.messages import Letter  # which loads Flower; commands start without it
 
 _PURPOSE = "fedward journal"
@@ -70,7 +70,7 @@ class Journal:
         Raises:
             LedgerError: It could not be written: what it was to record must not happen.
         """
-        when = self._clock().isoformat(timespec="seconds")
+        when = self._clock().isoformat(timespec="milliseconds")
         self._chain.append({"time": when, "what": what, **(facts or {})})
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ def answer_facts(letter: "Letter", code: SiteCode, parts: Mapping[str, bytes]) -
 
 
 def reservation_facts(
-    plan: Plan, attempt: Attempt, policy: Policy, approval: Approval | None
+    plan: Plan, attempt: Attempt, policy: Policy, approval: "Approval | None"
 ) -> dict[str, Json]:
     """What the journal says before data is touched: which plan, at what price, by whose word."""
     return {

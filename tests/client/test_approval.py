@@ -17,9 +17,10 @@ from fedward.client.approval import (
     waiting_plans,
     withdraw,
 )
+from fedward.client.journal import Journal
 from fedward.client.policy import Policy, load_policy
 from fedward.client.site_folder import SiteConfig, SiteFolder
-from fedward.errors import ConfigurationError, IdentityError, PolicyRefusal
+from fedward.errors import ConfigurationError, IdentityError, LedgerError, PolicyRefusal
 from fedward.identity import Identity
 from fedward.plan import Plan
 from fedward.typed_toml import dump
@@ -120,6 +121,21 @@ def test_a_plan_can_be_approved_by_day_and_runs_by_night(site):
     site.approve()
     assert "outside of hours" in site.refusal()[0]
     site.check(now=NOW + timedelta(hours=9))
+
+
+def test_a_plan_that_comes_outside_of_the_hours_waits_too(site):
+    site.write(dataclasses.replace(MANUAL, hours=("20:00-06:00",)))
+    assert len(site.refusal()) == 2
+    assert waiting_plans(site.folder) == [PLAN]
+
+
+def test_what_the_journal_cannot_say_is_not_approved(site):
+    with Journal(site.folder.command_journal, site.folder.identity()):
+        with pytest.raises(LedgerError, match="another process holds it"):
+            site.approve()
+        assert site.refusal()
+    site.approve()
+    site.check()
 
 
 def test_automatic_needs_no_approval_within_the_limits(site):

@@ -101,7 +101,8 @@ def test_an_honest_run_is_served_and_journalled(field):
     for number in (1, 2):
         field.round(number)
     for site in range(SITES):
-        entries = field.journal(site)
+        approved, *entries = field.journal(site)
+        assert (approved["what"], approved["who"]) == ("plan approved", "jo")
         said = [(e["what"], e.get("action")) for e in entries]
         exchanges = ["hello", "shares", "masked", "consistency", "unmask"]
         one = [("reserved", None), *(("answered", a) for a in ("task", *exchanges))]
@@ -346,7 +347,7 @@ def test_a_letter_that_comes_again_is_journalled_and_gets_the_same_bytes(field):
     one, two = (field.agents[0].answer(copy.deepcopy(letter)) for _ in range(2))
     assert one is two
     assert [entry["what"] for entry in field.journal()] == [
-        "reserved", "answered", "answered again"
+        "plan approved", "reserved", "answered", "answered again"
     ]  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def site(tmp_path):
 def test_both_files_are_read_in_the_order_of_time(site):
     found = verify_journal(site.folder, site.key)
     assert [entry["what"] for entry in found] == ["reserved"] * 3 + ["approved"]
-    assert found[0] == {"time": "2026-05-01T12:00:01+00:00", "what": "reserved", "round": 1}
+    assert found[0] == {"time": "2026-05-01T12:00:01.000+00:00", "what": "reserved", "round": 1}
 
 
 def test_reading_needs_no_lock_and_writes_nothing(site):
