@@ -1,0 +1,128 @@
+"""What privacy costs in usefulness: task x level x tuner x epsilon x seed, trained in one place.
+
+Question types of medical answers (an encoder of 22 M parameters) and sentences about restaurants
+(the 8 M Llama of ``make base-lm``), at most 5,000 rows and 64 tokens each, by the house's own
+DP-SGD. A cell takes about a minute of one quiet core; its scores of every test example are kept as
+soon as they are known, and a finished cell is never run again.
+
+    python benchmarks/dp_utility.py --list                    # what there is, and what is done
+    python benchmarks/dp_utility.py --cells 'medquad.*.unit.*' --seeds 0
+    python benchmarks/dp_utility.py --markdown --plot docs/dp-utility.svg
+    python benchmarks/dp_utility.py --quick --json            # eight toy cells, under two minutes
+"""
+
+import fedward  # noqa: F401  # switches telemetry off before any library loads
+
+# isort: split
+
+import argparse
+import fnmatch
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from first_federation import machine
+from transformers.utils import logging
+from utility_grid.cells import Cell, Grid, Size, grid
+from utility_grid.tables import figures, lines, markdown, plot, sentences
+
+from fedward.errors import ConfigurationError, FedwardError
+
+QUICK = Size(rows=600, test=48, steps=3)
+
+
+def choose(patterns: str, seeds: str | None, *, quick: bool) -> list[Cell]:
+    """The cells whose names one of the comma-separated patterns matches.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if quick:
+        return [
+            cell
+            for cell in grid()
+            if (cell.task, cell.seed) == ("medquad", 0) and cell.epsilon in {math.inf, 8.0}
+        ]
+    numbers = None if seeds is None else seeds.split(",")
+    chosen = [
+        cell
+        for cell in grid()
+        if any(fnmatch.fnmatch(cell.name, pattern) for pattern in patterns.split(","))
+        and (numbers is None or str(cell.seed) in numbers)
+    ]
+    if not chosen:
+        raise ConfigurationError(
+            f"no cell {patterns!r}{'' if seeds is None else f' with seeds {seeds}'}: expected a "
+            "pattern over the names that --list shows"
+        )
+    return chosen
+
+
+def work_through(results: Grid, cells: Sequence[Cell]) -> None:
+    """Run what is not done yet, and say what each cell came to."""
+    for number, cell in enumerate(cells, start=1):
+        known = results.result(cell)
+        found = known or results.run(cell)
+        note = (
+            "kept"
+            if known
+            else f"{found['cpu_seconds']:.0f} CPU s, {found['seconds']:.0f} s, load {found['load']}"
+        )
+        print(f"[{number}/{len(cells)}] {cell.name}: {found['mean']:.4f} ({note})", flush=True)
+
+
+def report(results: Grid, options: argparse.Namespace) -> None:
+    """Print what the finished cells say together."""
+    done = {cell.name: found for cell in grid() if (found := results.result(cell)) is not None}
+    found = lines(done)
+    print(
+        "accuracy (medquad) or loss (e2e): mean over seeds with 95 % bootstrap intervals over the"
+    )
+    print("test examples of these trainings; differences are paired")
+    print("\n".join(sentences(found)))
+    if options.markdown:
+        print(markdown(found))
+    if options.plot is not None:
+        plot(found, done, options.plot)
+    if options.json:
+        count = {"cells": len(grid()), "done": len(done)}
+        print(json.dumps({"machine": machine(), **count, "figures": figures(found, done)}))
+
+
+def main() -> None:
+    """Read the options, run what is missing and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="data sets")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/dp-utility"))
+    parser.add_argument("--cells", default="*", help="patterns of names, with commas between")
+    parser.add_argument("--seeds", help="only these, with commas between")
+    parser.add_argument("--list", action="store_true", help="show the cells and which are done")
+    parser.add_argument("--markdown", action="store_true", help="print the table for the docs")
+    parser.add_argument("--plot", type=Path, help="draw the figure: a file .svg or .png")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--quick", action="store_true", help="toy cells that are not kept")
+    options = parser.parse_args()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
+    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="fedward-") as scratch:
+            folder: Path = Path(scratch) if options.quick else options.out
+            folder.mkdir(parents=True, exist_ok=True)
+            results = Grid(folder, options.data, QUICK if options.quick else Size())
+            cells = choose(options.cells, options.seeds, quick=options.quick)
+            if options.list:
+                for cell in cells:
+                    print(f"{'done' if results.result(cell) else 'open'} {cell.name}")
+                return
+            work_through(results, cells)
+            report(results, options)
+    except FedwardError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; finished cells are kept, the same command goes on\n")
+
+
+if __name__ == "__main__":
+    main()

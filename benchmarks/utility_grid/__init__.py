@@ -1,0 +1,1 @@
+"""The parts of ``dp_utility.py``."""

@@ -1,0 +1,253 @@
+"""The grid's cells: a plan for each, the same rows for all, and the file that keeps a result."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from federation_grid.cells import EXAMPLES
+
+from fedward.errors import ConfigurationError
+from fedward.plan import Data, Plan, Privacy, Rounds, load_plan
+from fedward.privacy.accounting import SampledGaussian
+from fedward.privacy.planned import training_event
+from fedward.privacy.planning import record_epsilon
+from fedward.simulations.comparison import evaluate_adapter, train_in_one_place
+from fedward.tuning.models import fingerprint, resolve_model
+from fedward.tuning.records import Records, find_splits, group, read_records, select
+from fedward.tuning.tuned import tuned_model
+
+Level = Literal["unit", "record"]
+EPSILONS = (math.inf, 8.0, 3.0, 1.0)
+LEVELS: tuple[Level, ...] = ("unit", "record")
+SEEDS = (0, 1, 2)
+
+NORMALISER = 50.0
+"""What the rates below draw a step on average, at both levels."""
+
+CLIP = 0.1  # below nearly every gradient's length; AdamW does not feel how far below
+DELTA = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A data set and how it is learned.
+
+    Args:
+        example: Plan in ``examples`` that gives model, tuner and labels.
+        folder: Folder below ``--data``.
+        test: The split that scores are taken on.
+        data: Its columns.
+        rates: Level to sampling rate; both draw about :data:`NORMALISER` of the rows' units.
+        learning_rate: AdamW's. What a number can move at most is this times the steps; chosen by
+            that, without looking at a test row.
+        score: What a test example scores.
+    """
+
+    example: str
+    folder: str
+    test: str
+    data: Data
+    rates: Mapping[Level, float]
+    learning_rate: float
+    score: Literal["accuracy", "loss"]
+
+
+TASKS: Mapping[str, Task] = {
+    "medquad": Task(
+        example="medquad.toml",
+        folder="medquad",
+        test="test",
+        data=Data(text="answer", label="qtype", unit="focus"),
+        rates={"unit": 0.032, "record": 0.01},
+        learning_rate=5e-3,
+        score="accuracy",
+    ),
+    "e2e": Task(
+        example="medquad-sft.toml",
+        folder="e2e_nlg",
+        test="validation",
+        data=Data(prompt="input", completion="text", unit="mr"),
+        rates={"unit": 0.085, "record": 0.01},
+        learning_rate=3e-3,
+        score="loss",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much a cell does.
+
+    Args:
+        rows: Most training rows, taken as whole units.
+        test: Most test rows, each of another unit.
+        steps: Steps of DP-SGD.
+    """
+
+    rows: int = 5000
+    test: int = 700
+    steps: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training and its evaluation.
+
+    Args:
+        task: Key of :data:`TASKS`.
+        seed: Of LoRA's start; draws and noise are new in every training.
+        level: Whom privacy protects: a ``unit`` with all its records, or each ``record`` alone.
+        tuner: ``lora``, ``ffa`` (A frozen), or ``base``: the start, untrained.
+        epsilon: Of the whole training; infinite without clip and noise.
+    """
+
+    task: str
+    seed: int
+    level: Level
+    tuner: str
+    epsilon: float
+
+    @property
+    def name(self) -> str:
+        """Task, seed, level, tuner and epsilon with dots between; also the name of its file."""
+        epsilon = f"{self.epsilon:g}" if math.isfinite(self.epsilon) else "none"
+        return f"{self.task}.{self.seed}.{self.level}.{self.tuner}.{epsilon}"
+
+
+def base_of(task: str) -> Cell:
+    """What the task's start scores: B is zero, so it is the same for every tuner and seed."""
+    return Cell(task=task, seed=0, level="unit", tuner="base", epsilon=math.inf)
+
+
+def grid() -> list[Cell]:
+    """Every cell; the first are worth most where there is little time."""
+    cells = []
+    for seed, task in itertools.product(SEEDS, TASKS):
+        cells += [base_of(task)] if seed == 0 else []
+        cells += [
+            Cell(task=task, seed=seed, level=level, tuner=tuner, epsilon=epsilon)
+            for level, tuner, epsilon in itertools.product(LEVELS, ("ffa", "lora"), EPSILONS)
+        ]
+    return cells
+
+
+class Grid:
+    """The cells' results in one folder.
+
+    Args:
+        folder: Holds a file for each finished cell.
+        data: The folder of the shared data sets.
+        size: How much a cell does.
+    """
+
+    def __init__(self, folder: Path, data: Path, size: Size) -> None:
+        self._folder, self._data, self._size = folder, data, size
+        self._rows = cache(self._read)
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """What a finished cell found, or None.
+
+        Raises:
+            ConfigurationError: It was of another plan.
+        """
+        path = self._folder / f"{cell.name}.json"
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["plan"] != self._plan(cell).hash().hex():
+            raise ConfigurationError(
+                f"{path}: of another plan than today's; remove that task's files or choose "
+                "another --out"
+            )
+        return found
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Train and evaluate one cell and keep what came of it."""
+        began, worked, load = time.monotonic(), time.process_time(), os.getloadavg()[0]
+        plan, (train, test) = self._plan(cell), self._rows(cell.task)
+        records = train if cell.level == "unit" else group(train.rows, None)
+        trained = cell.tuner != "base"
+        adapter = train_in_one_place(plan, records) if trained else tuned_model(plan).start
+        metrics = evaluate_adapter(plan, adapter, test)
+        scores = metrics.losses if metrics.correct is None else metrics.correct
+        facts: dict[str, Any] = {
+            "cell": cell.name,
+            "plan": plan.hash().hex(),
+            "mean": float(scores.mean()),
+            "scores": scores.tolist(),
+            "rows": len(train.rows),
+            "units": len(train.units),
+            "seconds": round(time.monotonic() - began, 1),
+            "cpu_seconds": round(time.process_time() - worked, 1),
+            "load": round(load, 1),
+        }
+        if plan.privacy.enabled:
+            event = training_event(plan)
+            facts["noise_multiplier"] = event.noise_multiplier
+            if cell.level == "record":
+                most = max(map(len, train.units))
+                facts |= {"most_records": most, "patient_epsilon": _patient(event, most)}
+        path = self._folder / f"{cell.name}.json"
+        scratch = path.with_name(path.name + ".part")
+        scratch.write_text(json.dumps(facts), encoding="utf-8")
+        scratch.replace(path)
+        return facts
+
+    def _plan(self, cell: Cell) -> Plan:
+        task, size = TASKS[cell.task], self._size
+        example, digest = _example(task.example)
+        return dataclasses.replace(
+            example,
+            name=f"utility-{cell.task}",
+            seed=cell.seed,
+            model=dataclasses.replace(example.model, sha256=digest),
+            task=dataclasses.replace(example.task, max_length=64),
+            data=task.data if cell.level == "unit" else dataclasses.replace(task.data, unit=None),
+            rounds=Rounds(
+                count=1,  # AdamW's memory lasts for one round
+                spare=0,
+                steps=size.steps,
+                sampling_rate=task.rates[cell.level],
+                normaliser=NORMALISER,
+                learning_rate=task.learning_rate,
+            ),
+            aggregation=dataclasses.replace(
+                example.aggregation, scheme="ffa" if cell.tuner == "ffa" else "fedavg"
+            ),
+            privacy=Privacy(epsilon=cell.epsilon, delta=DELTA, clip=CLIP, records_per_unit=1),
+        )
+
+    def _read(self, name: str) -> tuple[Records, Records]:
+        """Training rows as whole units, and one row of each test unit: the same for every cell."""
+        task, plan = TASKS[name], self._plan(base_of(name))
+        splits = find_splits(self._data / task.folder)
+        train, test = (read_records(splits[split], plan) for split in ("train", task.test))
+        generator = np.random.default_rng(0)
+        order = generator.permutation(len(train.units))
+        rows = np.cumsum([len(train.units[unit]) for unit in order])
+        chosen = order[rows <= self._size.rows]
+        # One row a unit, so that the interval's examples do not stand for each other.
+        asked = generator.permutation(len(test.units))[: self._size.test]
+        single = [test.rows[generator.choice(test.units[unit])] for unit in asked]
+        return select(train, chosen.tolist()), group(single, None)
+
+
+@cache
+def _example(file: str) -> tuple[Plan, str]:
+    """A plan of the examples, and the digest of its model."""
+    plan = load_plan(EXAMPLES / file)
+    return plan, fingerprint(resolve_model(plan.model))
+
+
+@cache
+def _patient(event: SampledGaussian, records: int) -> float:
+    return record_epsilon([event], records, DELTA)
