@@ -13,11 +13,11 @@ from fedward.errors import ConfigurationError
 from fedward.plan import Model, Plan
 from fedward.privacy.audit_sensitivity import Neighbours
 from fedward.privacy.noise import SecureStream
-from fedward.simulations.case import freeze_case
 from fedward.simulations.notes import vocabulary
 from fedward.tuning.adapter import from_bytes, load_adapter
 from fedward.tuning.models import fingerprint
 from fedward.tuning.objectives import Encoded, Example, collate, encode, loss_per_example
+from fedward.tuning.records import find_splits, labels_of, make_sites, read_records
 from fedward.tuning.small import build_bert, build_llama, build_tokenizer
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.tuners import trainable
@@ -55,20 +55,25 @@ class Rig:
 
 
 def real_rig(plan: Plan, data: Path) -> Rig:
-    """The plan's model and the records of its largest site.
+    """The plan's model and the training records; of several sites those of the largest.
 
     Raises:
-        FedwardError: As :func:`~fedward.simulations.case.freeze_case`.
+        DataError: The data does not fit the plan.
+        ModelError: The base model cannot be found, or is not the plan's.
     """
-    case = freeze_case(plan, data)
-    site, records = max(case.sites.items(), key=lambda item: len(item[1].units))
-    tuned = tuned_model(case.plan)
+    records = read_records(find_splits(data)["train"], plan)
+    if plan.task.objective == "classify" and not plan.task.labels:
+        labels = labels_of(records, plan.data.label)
+        plan = dataclasses.replace(plan, task=dataclasses.replace(plan.task, labels=labels))
+    if plan.data.site is not None or plan.data.split is not None:
+        records = max(make_sites(records, plan.data).values(), key=lambda site: len(site.units))
+    tuned = tuned_model(plan)
     return Rig(
-        plan=case.plan,
-        subject=f"the plan's model on the {len(records.units)} units of site {site!r}",
+        plan=plan,
+        subject=f"the plan's model on {len(records.units)} units of real records",
         model=tuned.model,
         tokens=len(tuned.tokenizer),
-        encoded=encode(records, tuned.tokenizer, case.plan),
+        encoded=encode(records, tuned.tokenizer, plan),
         units=records.units,
     )
 

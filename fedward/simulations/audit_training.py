@@ -165,11 +165,18 @@ def _look(known: Tensor, released: Tensor, step: Mechanism) -> Scores:
     """How much of each canary is in one release: the posterior mean of a linear model.
 
     The release is a sum of canaries, each there with half the sampling rate, plus noise. Looking
-    for all of them together takes out what they have in common.
+    for all of them together takes out what they have in common. How much noise there is, is read
+    off what the canaries do not explain: an engine that adds too little is not to be trusted.
     """
+    count, width = known.shape
+    together, each = (known @ known.T).double(), (known @ released).double()
+    one = torch.eye(count, dtype=torch.float64)
+    noise = step.noise_multiplier
+    if width > 2 * count:
+        explained = known.T.double() @ torch.linalg.solve(together + 1e-3 * one, each)
+        rest = released.double() - explained
+        noise = min(noise, float(rest.norm()) / math.sqrt(width - count))
     chance = step.sampling_rate / 2
-    ridge = max(step.noise_multiplier, 0.05) ** 2 / (chance * (1 - chance))
-    matrix = (known @ known.T).double() + ridge * torch.eye(len(known), dtype=torch.float64)
-    found = torch.linalg.solve(matrix, (known @ released).double())
-    scores: Scores = found.numpy()
+    ridge = max(noise, 0.05) ** 2 / (chance * (1 - chance))
+    scores: Scores = torch.linalg.solve(together + ridge * one, each).numpy()
     return scores

@@ -78,8 +78,9 @@ def test_the_right_engine_passes_and_the_report_says_so(plan):
 
 def test_a_wrong_engine_is_refuted_by_name_and_the_report_is_there(plan, monkeypatch):
     no_noise(monkeypatch)
-    with pytest.raises(PrivacyError, match=r"refutes the claim: B: .* C: epsilon of the whole"):
-        run_audit(options(plan), QUIET, stream=stream())
+    hard = options(plan, canaries=100)
+    with pytest.raises(PrivacyError, match=r"refutes the claim: B: .*C: epsilon of the whole"):
+        run_audit(hard, QUIET, stream=stream())
     document = json.loads((plan.parent / "out" / "audit.json").read_text("utf-8"))
     assert document["holds"] is False
     assert document["empirical_lower_bound"] > document["claimed_epsilon"]
@@ -89,11 +90,12 @@ def test_a_wrong_engine_is_refuted_by_name_and_the_report_is_there(plan, monkeyp
 def test_canaries_go_among_real_records(plan, base):
     data = tiny.write_data(plan.parent / "data", tiny.make_rows("a", 12))
     text = plan.read_text("utf-8").replace("nowhere", str(base))
-    plan.write_text(text.replace("max_length = 32", "max_length = 16"), encoding="utf-8")
+    text = text.replace("max_length = 32", "max_length = 16") + '[data]\nunit = "patient"\n'
+    plan.write_text(text, encoding="utf-8")
     document = run_audit(options(plan, data=data, rounds=1), QUIET, stream=stream())
     assert document["holds"] is True
     assert document["rounds"] == 1
-    assert "the plan's model on the" in str(document["audited"])
+    assert document["audited"] == "the plan's model on 12 units of real records"
 
 
 @pytest.mark.parametrize("objective", ["sft", "classify"])
