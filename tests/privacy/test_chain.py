@@ -7,6 +7,8 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,36 +172,37 @@ def test_after_a_failed_disk_it_refuses_until_opened_again(tmp_path, monkeypatch
         assert chain.entries[:3] == ENTRIES
 
 
-@pytest.fixture
-def full_disk(tmp_path):
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
     """Leaves room for 50 bytes more than a size: a part of a line."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, hard))
+    try:
+        yield
+    finally:  # before pytest writes its own report, which may go to a larger file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_takes_nothing_loses_nothing_and_the_chain_goes_on(tmp_path, full_disk):
+def test_a_full_disk_takes_nothing_loses_nothing_and_the_chain_goes_on(tmp_path):
     path = tmp_path / "chain"
     size = len(written(path))
     with opened(path) as chain:
         head = chain.head
-        full_disk(size)
-        for _ in range(3):
-            with pytest.raises(LedgerError, match="File too large; make room, and it goes on"):
-                chain.append({"n": 4})
-            assert (path.stat().st_size, chain.head, chain.entries) == (size, head, ENTRIES)
-        full_disk(2 * size)
+        with full_disk(size):
+            for _ in range(3):
+                with pytest.raises(LedgerError, match="File too large; make room, and it goes on"):
+                    chain.append({"n": 4})
+                assert (path.stat().st_size, chain.head, chain.entries) == (size, head, ENTRIES)
         chain.append({"n": 5})
     with opened(path) as again:
         assert again.entries == [*ENTRIES, {"n": 5}]
 
 
-def test_a_chain_opens_on_a_full_disk_with_a_torn_line(tmp_path, full_disk):
+def test_a_chain_opens_on_a_full_disk_with_a_torn_line(tmp_path):
     path = tmp_path / "chain"
     data = written(path)
     path.write_bytes(data + data[:50])
-    full_disk(len(data))
-    with opened(path) as chain:
+    with full_disk(len(data)), opened(path) as chain:
         assert chain.entries == ENTRIES
         with pytest.raises(LedgerError, match="make room"):
             chain.append({"n": 4})
@@ -260,6 +263,8 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
 
 WRITER = """
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from fedward.identity import Identity
 from fedward.privacy.chain import Chain
