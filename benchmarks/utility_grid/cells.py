@@ -17,7 +17,6 @@ from federation_grid.cells import EXAMPLES
 
 from fedward.errors import ConfigurationError
 from fedward.plan import Data, Plan, Privacy, Rounds, load_plan
-from fedward.privacy.accounting import SampledGaussian
 from fedward.privacy.planned import training_event
 from fedward.privacy.planning import record_epsilon
 from fedward.simulations.comparison import evaluate_adapter, train_in_one_place
@@ -106,7 +105,8 @@ class Cell:
         task: Key of :data:`TASKS`.
         seed: Of LoRA's start; draws and noise are new in every training.
         level: Whom privacy protects: a ``unit`` with all its records, or each ``record`` alone.
-        tuner: ``lora``, ``ffa`` (A frozen), or ``base``: the start, untrained.
+        tuner: ``lora``, ``ffa`` (A frozen), ``base`` (the start, untrained), or ``patient``: no
+            training, but what record level gives whoever has the most records.
         epsilon: Of the whole training; infinite without clip and noise.
     """
 
@@ -128,6 +128,11 @@ def base_of(task: str) -> Cell:
     return Cell(task=task, seed=0, level="unit", tuner="base", epsilon=math.inf)
 
 
+def patient_of(task: str, epsilon: float) -> Cell:
+    """The accounting for whoever has the most records; neither tuner nor seed changes it."""
+    return Cell(task=task, seed=0, level="record", tuner="patient", epsilon=epsilon)
+
+
 def grid() -> list[Cell]:
     """Every cell; the first are worth most where there is little time."""
     cells = []
@@ -137,6 +142,8 @@ def grid() -> list[Cell]:
             Cell(task=task, seed=seed, level=level, tuner=tuner, epsilon=epsilon)
             for level, tuner, epsilon in itertools.product(LEVELS, ("ffa", "lora"), EPSILONS)
         ]
+    # Last, because a minute of arithmetic is no use before there is a training that it belongs to.
+    cells += [patient_of(task, eps) for task in TASKS for eps in EPSILONS if math.isfinite(eps)]
     return cells
 
 
@@ -171,31 +178,26 @@ class Grid:
         return found
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Train and evaluate one cell and keep what came of it."""
-        began, worked, load = time.monotonic(), time.process_time(), os.getloadavg()[0]
+        """Do one cell and keep what came of it."""
         plan, (train, test) = self._plan(cell), self._rows(cell.task)
-        records = train if cell.level == "unit" else group(train.rows, None)
-        trained = cell.tuner != "base"
-        adapter = train_in_one_place(plan, records) if trained else tuned_model(plan).start
-        metrics = evaluate_adapter(plan, adapter, test)
-        scores = metrics.losses if metrics.correct is None else metrics.correct
-        facts: dict[str, Any] = {
+        began, worked, load = time.monotonic(), time.process_time(), os.getloadavg()[0]
+        if cell.tuner == "patient":
+            most = max(map(len, train.units))
+            whole = record_epsilon([training_event(plan)], most, DELTA)
+            facts: dict[str, Any] = {"mean": whole, "most_records": most}
+        else:
+            records = train if cell.level == "unit" else group(train.rows, None)
+            facts = _train(cell, plan, records, test)
+        facts |= {
             "cell": cell.name,
             "plan": plan.hash().hex(),
-            "mean": float(scores.mean()),
-            "scores": scores.tolist(),
+            "noise_multiplier": training_event(plan).noise_multiplier,
             "rows": len(train.rows),
             "units": len(train.units),
             "seconds": round(time.monotonic() - began, 1),
             "cpu_seconds": round(time.process_time() - worked, 1),
             "load": round(load, 1),
         }
-        if plan.privacy.enabled:
-            event = training_event(plan)
-            facts["noise_multiplier"] = event.noise_multiplier
-            if cell.level == "record":
-                most = max(map(len, train.units))
-                facts |= {"most_records": most, "patient_epsilon": _patient(event, most)}
         path = self._folder / f"{cell.name}.json"
         scratch = path.with_name(path.name + ".part")
         scratch.write_text(json.dumps(facts), encoding="utf-8")
@@ -241,13 +243,17 @@ class Grid:
         return select(train, chosen.tolist()), group(single, None)
 
 
+def _train(cell: Cell, plan: Plan, records: Records, test: Records) -> dict[str, Any]:
+    """Train, or take the start, and score every test example."""
+    start = cell.tuner == "base"
+    adapter = tuned_model(plan).start if start else train_in_one_place(plan, records)
+    metrics = evaluate_adapter(plan, adapter, test)
+    scores = metrics.losses if metrics.correct is None else metrics.correct
+    return {"mean": float(scores.mean()), "scores": scores.tolist()}
+
+
 @cache
 def _example(file: str) -> tuple[Plan, str]:
     """A plan of the examples, and the digest of its model."""
     plan = load_plan(EXAMPLES / file)
     return plan, fingerprint(resolve_model(plan.model))
-
-
-@cache
-def _patient(event: SampledGaussian, records: int) -> float:
-    return record_epsilon([event], records, DELTA)

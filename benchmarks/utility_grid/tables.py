@@ -14,7 +14,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from fedward.tuning.metrics import paired_interval
-from utility_grid.cells import EPSILONS, LEVELS, SEEDS, TASKS, Cell, base_of
+from utility_grid.cells import EPSILONS, LEVELS, SEEDS, TASKS, Cell, base_of, patient_of
 
 Interval = tuple[float, float, float]
 """A mean with the ends of its 95 % bootstrap interval over the test examples."""
@@ -34,8 +34,9 @@ class Line:
         by_seed: Each seed's own.
         less_free: Score minus the same without privacy; None where that is missing.
         less_record: Score of unit level minus that of record level at the same epsilon.
-        sigma: Noise multiplier; None without privacy.
-        patient: At record level, the epsilon of whoever has the most records.
+        sigma: Noise multiplier, 0 without privacy.
+        patient: The epsilon of whoever has the most records; None where it is not another than
+            the line's own, or its cell is not done.
         records: How many those are.
     """
 
@@ -45,7 +46,7 @@ class Line:
     by_seed: Sequence[float]
     less_free: Interval | None
     less_record: Interval | None
-    sigma: float | None
+    sigma: float
     patient: float | None
     records: int | None
 
@@ -67,6 +68,7 @@ def _line(cell: Cell, results: Results) -> Line | None:
     scores, facts = _scores(found), next(iter(found.values()))
     free = dataclasses.replace(cell, epsilon=math.inf)
     record = dataclasses.replace(cell, level="record")
+    patient = results.get(patient_of(cell.task, cell.epsilon).name) if cell == record else None
     return Line(
         cell=cell,
         seeds=len(found),
@@ -74,9 +76,9 @@ def _line(cell: Cell, results: Results) -> Line | None:
         by_seed=[one["mean"] for one in found.values()],
         less_free=None if cell == free else _difference(cell, free, results),
         less_record=None if cell == record else _difference(cell, record, results),
-        sigma=facts.get("noise_multiplier"),
-        patient=facts.get("patient_epsilon"),
-        records=facts.get("most_records"),
+        sigma=facts["noise_multiplier"],
+        patient=None if patient is None else patient["mean"],
+        records=None if patient is None else patient["most_records"],
     )
 
 
@@ -157,7 +159,7 @@ def markdown(found: Sequence[Line]) -> str:
             cell.level,
             cell.tuner,
             promised,
-            "" if line.sigma is None else f"{line.sigma:.2f}",
+            f"{line.sigma:.2f}",
             str(line.seeds),
             _number(line.score, sign=""),
             *("" if d is None else _number(d) for d in (line.less_free, line.less_record)),
