@@ -73,7 +73,7 @@ class RemoteTrainer:
         process: TrainerProcess | None = None,
         dataset: Callable[[Plan], str] = lambda _: "",
         on_progress: Callable[[int], None] | None = None,
-        start_seconds: float = 120.0,
+        start_seconds: float = 300.0,
     ) -> None:
         self._address, self._process, self._dataset = f"unix:{socket}", process, dataset
         self._on_progress, self._start_seconds = on_progress, start_seconds

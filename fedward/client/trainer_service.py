@@ -81,22 +81,28 @@ class TrainerService(rpc.TrainerServicer):
         self._activity, self._step = wire.ACTIVITY_IDLE, 0
 
     def Prepare(
-        self, asked: Iterator[wire.Asked], context: grpc.ServicerContext
+        self, request_iterator: Iterator[wire.Asked], context: grpc.ServicerContext
     ) -> Iterator[wire.Answer]:
         """See :meth:`fedward.client.trainer.Trainer.prepare`."""
-        return self._answers(wire.ACTIVITY_PREPARING, partial(self._prepare, asked), context)
+        return self._answers(
+            wire.ACTIVITY_PREPARING, partial(self._prepare, request_iterator), context
+        )
 
     def Train(
-        self, asked: Iterator[wire.Asked], context: grpc.ServicerContext
+        self, request_iterator: Iterator[wire.Asked], context: grpc.ServicerContext
     ) -> Iterator[wire.Answer]:
         """See :meth:`fedward.client.trainer.Trainer.train`."""
-        return self._answers(wire.ACTIVITY_TRAINING, partial(self._train, asked), context)
+        return self._answers(
+            wire.ACTIVITY_TRAINING, partial(self._train, request_iterator), context
+        )
 
     def Evaluate(
-        self, asked: Iterator[wire.Asked], context: grpc.ServicerContext
+        self, request_iterator: Iterator[wire.Asked], context: grpc.ServicerContext
     ) -> Iterator[wire.Answer]:
         """See :meth:`fedward.client.trainer.Trainer.evaluate`."""
-        return self._answers(wire.ACTIVITY_EVALUATING, partial(self._evaluate, asked), context)
+        return self._answers(
+            wire.ACTIVITY_EVALUATING, partial(self._evaluate, request_iterator), context
+        )
 
     def Status(
         self, request: wire.StatusRequest, context: grpc.ServicerContext

@@ -1,5 +1,6 @@
 """The trainer of a site: confined, killed in the middle of a round, and nothing is lost by it."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -7,14 +8,20 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fedward.attempt import Attempt
 from fedward.client.policy import Policy
-from fedward.client.remote_trainer import RemoteTrainer
+from fedward.client.remote_trainer import RemoteTrainer, site_remote_trainer
 from fedward.client.sandbox import offline_environment
-from fedward.client.site_trainer import check_trained
+from fedward.client.site_trainer import check_trained, trainer_maker
+from fedward.client.trainer import TrainRequest
 from fedward.client.trainer_process import TrainerProcess
-from fedward.errors import ModelError
+from fedward.errors import DataError, ModelError
+from fedward.plan import Plan
+from fedward.tuning.tuned import tuned_model
+from tests.client.well import make_site
 from tests.simulations import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -66,7 +73,7 @@ def test_a_trainer_killed_mid_round_changes_nothing(base, tmp_path, caplog):
         [sys.executable, "-c", CHILD, *arguments],
         offline_environment(cache) | {"PYTHONPATH": str(ROOT)},
     )
-    remote = RemoteTrainer(sockets / "t.sock", process=process)
+    remote = RemoteTrainer(sockets / "t.sock", process=process, start_seconds=600)
     killed: list[int] = []
 
     def kill() -> None:
@@ -95,3 +102,38 @@ def test_a_frozen_module_is_found_by_what_the_model_trains():
     for name in ("base.embed_tokens.lora_A.default.weight", "base.lm_head.weight"):
         with pytest.raises(ModelError, match="policy's frozen"):
             check_trained(((name, (2, 8)),), policy)
+
+
+def asked(plan: Plan) -> TrainRequest:
+    tuned = tuned_model(plan)
+    return TrainRequest(
+        plan=plan,
+        attempt=Attempt(run="r", round=1),
+        draw=0,
+        adapter=tuned.start,
+        layout=tuned.layout,
+    )
+
+
+def test_a_sites_trainer_needs_neither_its_keys_nor_its_ledger(base, tmp_path):
+    """The shipped unit hides them from it."""
+    site, plan = make_site(tmp_path, base), tiny.make_plan(base)
+    for path in (site.key, site.fleet_key):
+        path.unlink()
+    elsewhere = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path="no/such"))
+    request, steps = dataclasses.replace(asked(plan), plan=elsewhere), list[int]()
+    trainer = trainer_maker(site)(elsewhere, "notes", steps.append)
+    trainer.prepare(request)
+    assert np.isfinite(trainer.train(request).update).all()
+    assert steps == [1]
+
+
+@pytest.mark.slow
+def test_the_command_trains_as_a_child_of_the_agent(base, tmp_path):
+    site, plan = make_site(tmp_path, base), tiny.make_plan(base)
+    remote = site_remote_trainer(site, child=True)
+    remote.prepare(asked(plan))
+    assert np.isfinite(remote.train(asked(plan)).update).all()
+    with pytest.raises(DataError):  # a tenth of four patients is nobody
+        remote.evaluate(plan, asked(plan).adapter)
+    remote.close()

@@ -106,8 +106,8 @@ def test_what_was_spent_comes_from_the_ledger(site):
 
 def health(site: SiteFolder) -> int:
     with grpc.insecure_channel(f"unix:{site.control_socket}") as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        answer: Any = stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
     return int(answer.status)
 
 
