@@ -139,7 +139,8 @@ def lower_bound(
 
     Args:
         present: ``(attacks, n)`` scores with the unit; higher means more likely there.
-        absent: ``(attacks, m)`` scores without it.
+        absent: ``(attacks, n)`` scores without it, as many: one route takes both error rates together,
+            and whoever always guesses the larger side would seem to know something.
         delta: 0 < delta < 1.
         confidence: Probability that the bound holds, above 0.5 and below 1.
         rate: The sampling rate, where the claim is that of one step of the sampled Gaussian. The
@@ -151,12 +152,14 @@ def lower_bound(
         Epsilon >= 0; ``inf`` where no noise at all would explain the attack at this rate.
 
     Raises:
-        InvalidValue: Confidence or number of scores is out of range.
+        InvalidValue: Confidence or number of scores is out of range, or the numbers differ.
     """
     if not 0.5 < confidence < 1:
         raise InvalidValue("confidence", confidence, "above 0.5 and below 1")
     if (fewest := min(present.shape[-1], absent.shape[-1])) < _FEWEST:
         raise InvalidValue("count", fewest, f"at least {_FEWEST}")
+    if present.shape != absent.shape:  # the mean error rate would lean to the larger side
+        raise InvalidValue("count", absent.shape[-1], f"as many with the unit: {present.shape[-1]}")
 
     def bounds(sides: tuple[Scores, Scores], thresholds: Scores) -> Scores:
         """Epsilon by each route at each threshold, ``(routes, thresholds)``."""

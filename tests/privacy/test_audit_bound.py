@@ -10,6 +10,7 @@ from fedward.errors import InvalidValue
 from fedward.privacy.accounting import SampledGaussian, epsilon
 from fedward.privacy.audit_bound import (
     Scores,
+    _routes,
     _sampled,
     attack_releases,
     gaussian_epsilon,
@@ -111,6 +112,15 @@ def test_a_confidence_that_says_nothing_is_refused(confidence):
 def test_too_few_releases_are_refused():
     with pytest.raises(InvalidValue, match="at least 40"):
         lower_bound(*gaussians(1.0, 39, 0), delta=DELTA, confidence=0.95)
+
+
+def test_sides_of_different_size_are_refused():
+    """With ten times as many on one side, equal worlds would be "told apart" by always guessing it."""
+    present, absent = np.zeros((1, 1000)), np.zeros((1, 10_000))
+    with pytest.raises(InvalidValue, match="as many with the unit: 1000"):
+        lower_bound(present, absent, delta=DELTA, confidence=0.95)
+    wrong = _routes((1000, 1000), (0, 10_000), delta=DELTA, error=0.05, rate=None)
+    assert wrong.max() > 2, "the twin: what it would have claimed"
 
 
 def test_without_noise_there_is_no_claim():

@@ -276,8 +276,8 @@ def test_the_noise_has_the_scale_that_is_claimed():
         return 0.0005 < float(chance) < 0.9995
 
     assert fits(deviation)
-    assert not fits(deviation * 1.03)
-    assert not fits(deviation / 1.03)
+    assert not fits(deviation * 1.06)
+    assert not fits(deviation / 1.06)
 
 
 def _nobody(model: Any, rows: Any) -> Tensor:

@@ -55,12 +55,14 @@ def stream() -> SecureStream:
 
 
 def test_words_are_read_out_of_a_bare_update_and_not_out_of_a_private_one(plan, records):
-    bare = attack_updates(dataclasses.replace(plan, privacy=NAKED), records, stream(), 6)
-    private = attack_updates(plan, records, stream(), 6)
-    assert bare.found > 0.4 > 10 * bare.chance
-    assert bare.auc > 0.85
-    assert private.found < 4 * private.chance
-    assert private.auc == pytest.approx(0.5, abs=0.1)
+    plain = dataclasses.replace(plan, rounds=dataclasses.replace(plan.rounds, optimizer="sgd"))
+    for one in (plan, plain):
+        bare = attack_updates(dataclasses.replace(one, privacy=NAKED), records, stream(), 6)
+        private = attack_updates(one, records, stream(), 6)
+        assert bare.found > 0.3 > 6 * bare.chance
+        assert bare.auc > 0.75
+        assert private.found < 0.1
+        assert private.auc == pytest.approx(0.5, abs=0.1)
 
 
 def test_members_are_found_without_privacy_and_not_with_it(plan, records):
