@@ -139,8 +139,8 @@ def lower_bound(
 
     Args:
         present: ``(attacks, n)`` scores with the unit; higher means more likely there.
-        absent: ``(attacks, n)`` scores without it, as many: one route takes both error rates together,
-            and whoever always guesses the larger side would seem to know something.
+        absent: ``(attacks, n)`` scores without it, as many: one route takes both error rates
+            together, and whoever always guesses the larger side would seem to know something.
         delta: 0 < delta < 1.
         confidence: Probability that the bound holds, above 0.5 and below 1.
         rate: The sampling rate, where the claim is that of one step of the sampled Gaussian. The

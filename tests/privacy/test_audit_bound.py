@@ -115,7 +115,7 @@ def test_too_few_releases_are_refused():
 
 
 def test_sides_of_different_size_are_refused():
-    """With ten times as many on one side, equal worlds would be "told apart" by always guessing it."""
+    """With ten times as many on one side, always guessing it would "tell" equal worlds."""
     present, absent = np.zeros((1, 1000)), np.zeros((1, 10_000))
     with pytest.raises(InvalidValue, match="as many with the unit: 1000"):
         lower_bound(present, absent, delta=DELTA, confidence=0.95)
