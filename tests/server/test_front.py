@@ -5,10 +5,12 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from fedward.enrolment import ENROL_PATH, ROSTER_PATH
 from fedward.server.enrolment import AsgiApp, Receive, Scope, Send
-from fedward.server.front import FLEET_PATHS, MAX_BODY, Front
+from fedward.server.front import FLEET_PATHS, MAX_BODY, Front, ImpatientProtocol
 
 
 def echo(name: str) -> AsgiApp:
@@ -20,10 +22,16 @@ def echo(name: str) -> AsgiApp:
 
 
 def ask(
-    front: Front, path: str, *, method: str = "POST", length: str | None = "3", address: str = "a"
+    front: Front,
+    path: str,
+    *,
+    method: str = "POST",
+    length: str | None = "3",
+    address: str = "a",
+    more: tuple[tuple[bytes, bytes], ...] = (),
 ) -> tuple[int, bytes]:
     """Status and body of one request."""
-    headers = [] if length is None else [(b"content-length", length.encode())]
+    headers = [*more] if length is None else [(b"content-length", length.encode()), *more]
     scope: Scope = {
         "type": "http",
         "path": path,
@@ -87,6 +95,8 @@ def test_a_body_has_an_announced_and_bounded_length(front):
     assert ask(front, path, length=str(MAX_BODY + 1))[0] == 413
     assert ask(front, path, length=None)[0] == 411
     assert ask(front, path, length="-1")[0] == 411
+    assert ask(front, path, length="9" * 5000)[0] == 413
+    assert ask(front, path, more=((b"Transfer-Encoding", b"chunked"),))[0] == 411
 
 
 def test_one_address_cannot_crowd_out_another():
@@ -111,3 +121,76 @@ def test_websockets_get_no_answer(front):
 
     asyncio.run(front({"type": "websocket", "path": "/"}, receive, send))
     assert sent == []
+
+
+async def hung_up(pieces: list[bytes], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the public port's protocol hangs up on a client that stops after these bytes."""
+    config = uvicorn.Config(Front(echo("flower"), echo("enrolment")), ws="none")
+    config.load()
+    state, loop = ServerState(), asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: ImpatientProtocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+    )
+    monkeypatch.setattr(ImpatientProtocol, "seconds", 0.5)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.1)
+        async with asyncio.timeout(2.0):
+            while await reader.read(1000):
+                pass
+        return True
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+    finally:
+        writer.close()
+        server.close()
+
+
+WHOLE = b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "ends"),
+    [
+        ([], True),
+        ([b"POST /v1/fl"], True),
+        ([b"\r\n", b"\r\n"], True),
+        ([WHOLE[:-1]], True),
+        ([WHOLE, b"\r\n"], True),
+        ([WHOLE], False),  # uvicorn's own patience with a connection that has been of use
+    ],
+)
+def test_half_a_request_is_not_waited_for(pieces, ends, monkeypatch):
+    assert asyncio.run(hung_up(pieces, monkeypatch)) is ends
+
+
+def test_one_address_has_so_many_connections(monkeypatch):
+    monkeypatch.setattr("fedward.server.front._CONNECTIONS", 0)
+    monkeypatch.setattr(ImpatientProtocol, "seconds", 60.0)
+
+    async def first_answer() -> bytes:
+        config = uvicorn.Config(Front(echo("flower"), echo("enrolment")), ws="none")
+        config.load()
+        state = ServerState()
+        server = await asyncio.get_running_loop().create_server(
+            lambda: ImpatientProtocol(config=config, server_state=state, app_state={}),
+            "127.0.0.1",
+            0,
+        )
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        try:
+            writer.write(WHOLE)
+            return await reader.read(12)
+        except ConnectionError:
+            return b""
+        finally:
+            writer.close()
+            server.close()
+
+    assert asyncio.run(first_answer()) == b""
+    monkeypatch.setattr("fedward.server.front._CONNECTIONS", 1)
+    assert asyncio.run(first_answer()) == b"HTTP/1.1 200"
