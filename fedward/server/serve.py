@@ -42,7 +42,8 @@ def serve(folder: CoordinatorFolder, stop: threading.Event) -> None:
     with _alone(folder):
         issue(folder, datetime.datetime.now(datetime.UTC))
         environment = {"FLWR_HOME": str(folder.flower_home)}
-        command = [sys.executable, "-m", "fedward.server.serve"]
+        # -P: no code from the folder that the command happens to be given in.
+        command = [sys.executable, "-P", "-m", "fedward.server.serve"]
         parts = [
             Part(name=name, command=[*command, name, str(folder.root)], environment=environment)
             for name in ("link", "engine")
