@@ -5,7 +5,6 @@ order of their names.
 """
 
 import copy
-import dataclasses
 import difflib
 import math
 import warnings
@@ -33,6 +32,29 @@ _OURS = (
     "task_type",
 )
 """Fields of PEFT that follow from the rest of the plan."""
+
+_KEYS = (
+    "alpha_pattern",
+    "bias",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+)
+"""What a plan may say to PEFT. A closed list: of the others some read files or data, some draw from
+torch's generator, some copy layers without end, and one names a module to import."""
 
 _MOST_RANK = 1024
 
@@ -81,13 +103,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _configuration(plan: Plan) -> LoraConfig:
     given = copy.deepcopy(dict(plan.tuner.arguments))  # PEFT adds heads to our modules_to_save
-    known = [f.name for f in dataclasses.fields(LoraConfig) if f.name not in _OURS]
     for key in given:
         if key in _OURS:
             raise ConfigurationError(f"[tuner] {key!r} follows from the plan: leave it out")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_KEYS)}"
             raise ConfigurationError(f"[tuner] unknown key {key!r}; {hint}")
     _check_values(given, plan)
     if "target_parameters" not in given:
@@ -102,9 +123,12 @@ def _configuration(plan: Plan) -> LoraConfig:
 
 def _check_values(given: Mapping[str, Any], plan: Plan) -> None:
     """Refuse what PEFT takes and a site must not."""
-    rank = given.get("r", 8)
-    if type(rank) is not int or not 1 <= rank <= _MOST_RANK:
-        raise InvalidValue("[tuner] r", rank, f"1 to {_MOST_RANK}")
+    pattern = given.get("rank_pattern") or {}
+    if not isinstance(pattern, Mapping):
+        raise InvalidValue("[tuner] rank_pattern", pattern, "a table of names and ranks")
+    for key, rank in {"r": given.get("r", 8), **pattern}.items():
+        if type(rank) is not int or not 1 <= rank <= _MOST_RANK:
+            raise InvalidValue(f"[tuner] {key}", rank, f"1 to {_MOST_RANK}")
     if plan.privacy.enabled and given.get("lora_dropout"):
         # Its masks would come from torch's generator, which keeps 32 bits of its seed.
         raise InvalidValue("[tuner] lora_dropout", given["lora_dropout"], "0 under privacy")
