@@ -83,7 +83,9 @@ def test_canaries_that_leave_no_trace_look_like_luck():
 
 def test_canaries_that_all_show_are_wholly_exposed_and_refute():
     included = np.arange(400) % 2 == 0
-    found = judge_canaries(included + 0.0, included, claim=2.0, delta=DELTA, confidence=0.999)
+    given = {"claim": 2.0, "delta": DELTA}
+    assert not judge_canaries(included + 0.0, included, confidence=0.999, **given).holds
+    found = judge_canaries(included + 0.0, included, confidence=0.95, **given)
     assert (found.auc, found.right) == (1.0, found.guesses)
     assert found.exposure == pytest.approx(found.most_exposure)
     assert found.lower > 3
