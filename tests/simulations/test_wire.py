@@ -202,7 +202,18 @@ def test_a_reply_has_the_parts_that_the_protocol_names_and_no_others(wire):
             letter = open_letter(content, key, "site")
             assert set(letter.parts) == expected
             fields = json.loads(letter.header())
-            assert set(fields) == {"action", "code", "order", "parts", "run", "site"}
+            assert set(fields) == {
+                "action",
+                "code",
+                "lines",
+                "order",
+                "parts",
+                "receipt",
+                "run",
+                "site",
+            }
+            assert fields["receipt"] is None  # only the coordinator gives one
+            assert len(fields["lines"]) <= 2
 
 
 def test_sizes_do_not_tell_a_sites_size(wire):
