@@ -130,7 +130,7 @@ def sentences(found: Sequence[Line]) -> list[str]:
     """One line of text for each line, and what record level gives a patient."""
     said = []
     for line in found:
-        text = f"{_name(line.cell)}: {_number(line.score, sign='')} ({line.seeds} seeds)"
+        text = f"{_name(line.cell)}: {_number(line.score, sign='')} (seeds: {line.seeds})"
         if line.less_free is not None:
             text += f", minus no privacy {_number(line.less_free)}"
         if line.patient is not None:
