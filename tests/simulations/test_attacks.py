@@ -65,6 +65,7 @@ def test_words_are_read_out_of_a_bare_update_and_not_out_of_a_private_one(plan, 
         assert private.auc == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.slow
 def test_members_are_found_without_privacy_and_not_with_it(plan, records):
     naked = dataclasses.replace(plan, privacy=NAKED)
     bare = attack_membership(naked, records, stream(), 16, 2)

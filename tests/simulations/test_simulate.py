@@ -79,7 +79,7 @@ def test_a_run_ends_in_a_report_as_json_and_as_a_page(fedward, files, tmp_path):
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
 
 
-@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("cores", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_comparison_has_every_way_of_training(fedward, files, tmp_path, monkeypatch, cores):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     threads, began = torch.get_num_threads(), list[int]()
