@@ -1,5 +1,8 @@
 """One site's update and metric slots as the words of a session, and a sum of them back."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -90,6 +93,30 @@ def unpack(
     if parameters.rotated:
         update = rotate_back(update, _rotation_key(parameters.attempt))
     return update, slots
+
+
+def check_mean(
+    mean: npt.NDArray[np.float64],
+    parameters: SessionParameters,
+    cohort: Sequence[int],
+    update_clip: float,
+) -> None:
+    """Check that a published mean is no longer than clipped and rounded updates can make it.
+
+    The coordinator checks before it commits a round, each site before it trains on.
+
+    Args:
+        mean: ``(dimension,)``: the sum over the session's divisor.
+        parameters: The session's parameters.
+        cohort: The sites in the sum.
+        update_clip: The plan's L2 bound of an update.
+
+    Raises:
+        ProtocolError: It is longer: some site sent more than the plan allows.
+    """
+    rounding = len(cohort) * parameters.grid.gamma * math.sqrt(len(mean))
+    if float(np.linalg.norm(mean)) > update_clip + rounding / parameters.divisor(cohort):
+        raise ProtocolError("the published sum is longer than its sites' updates can be")
 
 
 def _rotation_key(attempt: Attempt) -> bytes:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from flwr.app import RecordDict
 from fedward.aggregation.complaints import Complaint
 from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.masks import Words
-from fedward.aggregation.packing import pack, unpack, weighed
+from fedward.aggregation.packing import check_mean, pack, unpack, weighed
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.schemes import next_vector
@@ -296,20 +295,20 @@ class Agent:
         if last.attempt.round != attempt.round - 1:
             return
         cohort = self._cohort(letter.part("cohort"), plan)
-        if last.outcome is not None and last.outcome.survivors != cohort:
+        committed = _committed(letter.part("attempt"), last.attempt)
+        # What it signed in an attempt that came to nothing binds no attempt that it missed.
+        signed = last.outcome if committed == last.attempt else None
+        if signed is not None and signed.survivors != cohort:
             raise ProtocolError("the published cohort is not the one this site signed")
         start = vector_of(last.adapter, layout)
         parameters = planned_session(
-            plan, self._roster, last.attempt, task_hash=bytes(32), dimension=len(start)
+            plan, self._roster, committed, task_hash=bytes(32), dimension=len(start)
         )
         words = np.frombuffer(letter.part("sum"), dtype=parameters.grid.dtype)
         total, _ = unpack(words, parameters)
-        divisor = parameters.divisor(cohort)
-        rounding = len(cohort) * parameters.grid.gamma * math.sqrt(len(start))
-        bound = divisor * plan.aggregation.update_clip + rounding
-        if float(np.linalg.norm(total)) > bound:
-            raise ProtocolError("the published sum is longer than its sites' updates can be")
-        expected = replace_vector(last.adapter, layout, next_vector(start, total / divisor))
+        mean = total / parameters.divisor(cohort)
+        check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
+        expected = replace_vector(last.adapter, layout, next_vector(start, mean))
         if expected != adapter:
             raise ProtocolError("the adapter is not what the published sum gives")
 
@@ -371,3 +370,14 @@ class Agent:
         else:
             _LOG.info("round %d: loss %.4f on own held-out records", attempt.round, metrics.loss)
         return SiteCode.DONE
+
+
+def _committed(data: bytes, last: Attempt) -> Attempt:
+    """Read which attempt at the last round was committed: this site's last one, or a later."""
+    try:
+        number = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("the committed attempt is not JSON") from error
+    if type(number) is not int or number < last.attempt:
+        raise ProtocolError(f"attempt {last.attempt} was this site's, and no earlier one counts")
+    return dataclasses.replace(last, attempt=number)

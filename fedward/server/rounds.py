@@ -18,8 +18,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedward.aggregation.masks import Words
+from fedward.aggregation.packing import check_mean
 from fedward.aggregation.planned import planned_session
-from fedward.aggregation.schemes import next_vector
+from fedward.aggregation.schemes import Vector, next_vector
 from fedward.aggregation.tally import SumResult, Tally
 from fedward.aggregation.transcript import SiteFault, task_hash
 from fedward.attempt import Attempt
@@ -61,7 +62,8 @@ class State:
         adapter: The adapter's whole state, safetensors bytes.
         previous: Parts of the next task that let sites recompute this adapter; empty at first.
         attempts: Attempts that the open round has seen.
-        faulty: Sites whose messages ended an attempt at the open round: left out of its others.
+        faulty: Sites at fault in an attempt of this run: left out of all that follow, because one
+            that comes back may cost the others an update each round, until no spare round is left.
     """
 
     committed: int
@@ -142,11 +144,13 @@ class RoundEngine:
             elif event.phase is Phase.ABORTED:
                 faulty.update(facts["faults"])
             elif event.phase is Phase.COMMITTED:
-                committed, attempts, faulty = event.attempt.round, 0, set()
+                committed, attempts = event.attempt.round, 0
+                faulty.update(facts.get("faults", []))
                 adapter = self._store.blob(facts["adapter"])
                 previous = {
                     "sum": self._store.blob(facts["sum"]),
                     "cohort": canonical_json(facts["cohort"]),
+                    "attempt": canonical_json(event.attempt.attempt),
                 }
         return State(
             committed=committed,
@@ -165,6 +169,7 @@ class RoundEngine:
             self._record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
             try:
                 result = self._session(grid, attempt, state)
+                vector = self._next(state, result)
             except (ProtocolError, CohortTooSmall) as error:
                 named = {error.site} if isinstance(error, SiteFault) else set[int]()
                 facts: Json = {"reason": str(error), "faults": sorted(named | self._at_fault())}
@@ -173,22 +178,28 @@ class RoundEngine:
                     raise CohortTooSmall(str(error)) from error
                 failure, state = str(error), self._fold()
                 continue
-            self._commit(attempt, state, result)
+            self._commit(attempt, replace_vector(state.adapter, self._layout, vector), result)
             return
         raise RoundError(
             f"round {state.committed + 1} failed in {last - first + 1} attempts; the last: "
             f"{failure}"
         )
 
-    def _commit(self, attempt: Attempt, state: State, result: SumResult) -> None:
-        vector = next_vector(vector_of(state.adapter, self._layout), result.mean)
-        adapter = replace_vector(state.adapter, self._layout, vector)
+    def _next(self, state: State, result: SumResult) -> Vector:
+        """The next trained parameters; a sum that every site would refuse is never committed."""
+        mean = result.mean
+        check_mean(mean, result.parameters, result.cohort, self._plan.aggregation.update_clip)
+        return next_vector(vector_of(state.adapter, self._layout), mean)
+
+    def _commit(self, attempt: Attempt, adapter: bytes, result: SumResult) -> None:
+        faults = sorted(self._at_fault())
         facts: Json = {
             "adapter": self._store.put_blob(adapter),
             "sum": self._store.put_blob(result.words.tobytes()),
             "cohort": list(result.cohort),
             "transcript": result.transcript.hex(),
             **({} if self._plan.metrics is None else {"slots": result.slots}),
+            **({"faults": faults} if faults else {}),
         }
         self._record(attempt, Phase.COMMITTED, facts)
 

@@ -268,3 +268,13 @@ def test_twin_without_complaints_one_dealer_ends_the_run(tmp_path, monkeypatch):
         rig.run()
     assert rig.cohorts == []
     rig.close()
+
+
+def test_a_dealer_that_spoils_one_site_s_part_does_not_stay(tmp_path, monkeypatch):
+    """Round 1 holds without the victim; else the dealer could keep it out of every round."""
+    lying(monkeypatch, LIAR, (0,), LIES["other shares"])
+    rounds = dataclasses.replace(PLAN.rounds, count=2)
+    rig = Engine(tmp_path, plan=dataclasses.replace(PLAN, rounds=rounds))
+    rig.run()
+    assert rig.cohorts == [[1, 2, 3], [0, 2, 3]]
+    rig.close()

@@ -201,6 +201,7 @@ class Desk:
         self.previous = {
             "sum": result.words.tobytes(),
             "cohort": canonical_json(list(result.cohort)),
+            "attempt": canonical_json(result.parameters.attempt.attempt),
         }
 
     def round(self, number: int, *, attempt: int = 1) -> SumResult:

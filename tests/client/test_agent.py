@@ -141,6 +141,15 @@ def test_another_cohort_than_the_one_it_signed_is_refused(desk, cohort):
     assert len(desk.trainers[0].requests) == 1
 
 
+@pytest.mark.parametrize("number", [b"0", b"1", b"true", b"x", b"[2]", b"2.0", b"99999999999"])
+def test_a_sum_of_an_attempt_that_never_counted_is_refused(desk, number):
+    desk.round(1, attempt=2)
+    code, _ = desk.ask("task", SECOND, 0, {**desk.task_parts(), "attempt": number})
+    assert code in {SiteCode.PROTOCOL_ABORTED, SiteCode.REFUSED_PLAN}
+    assert len(desk.trainers[0].requests) == 1
+    assert desk.task(SECOND, 0) is SiteCode.READY, "control: the honest one"
+
+
 @pytest.mark.parametrize("total", [b"", b"123", bytes(4), bytes(4 * 11)])
 def test_a_sum_of_another_size_is_refused(desk, total):
     desk.round(1)
@@ -148,7 +157,7 @@ def test_a_sum_of_another_size_is_refused(desk, total):
     assert code in {SiteCode.PROTOCOL_ABORTED, SiteCode.TRAINING_FAILED}
 
 
-@pytest.mark.parametrize("part", ["plan", "adapter", "layout", "sum", "cohort"])
+@pytest.mark.parametrize("part", ["plan", "adapter", "layout", "sum", "cohort", "attempt"])
 def test_a_task_without_one_of_its_parts_is_refused(desk, part):
     desk.round(1)
     parts = desk.task_parts()

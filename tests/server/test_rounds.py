@@ -303,12 +303,52 @@ def test_silent_sites_may_come_back_so_the_round_is_tried_a_few_times(make_rig):
     assert [event.attempt.attempt for event in committed] == [5, 1, 1]
 
 
-def test_a_site_whose_fault_ended_an_attempt_is_left_out_of_that_round_only(make_rig):
+def test_a_site_whose_fault_ended_an_attempt_is_left_out_of_the_rest_of_the_run(make_rig):
+    """Each round anew, it would cost the others one update, until no spare round is left."""
     rig = make_rig()
     first = Attempt(run=RUN, round=1)
     rig.store.record(first, Phase.STARTED, {"plan": PLAN.hash().hex()})
     rig.store.record(first, Phase.ABORTED, {"reason": "it shared something else", "faults": [LIAR]})
     rig.run()
+    assert rig.cohorts == [[0, 2, 3]] * 3
+
+
+def test_a_sum_that_the_sites_would_refuse_is_not_committed(make_rig, monkeypatch):
+    """Committed, it would end the run: no honest site trains on what it cannot recompute."""
+    rig = make_rig()
+    liar, honest = rig.desk.agents[LIAR], rig.desk.agents[LIAR]._words
+
+    def too_long(work):
+        monkeypatch.setattr(liar, "_words", honest)
+        return np.full(10, 1 << 30, dtype=np.uint32)  # twice the clip in each coordinate
+
+    monkeypatch.setattr(liar, "_words", too_long)
+    rig.run()
+    aborted = [facts["reason"] for _, facts in rig.facts(Phase.ABORTED)]
+    assert aborted == ["the published sum is longer than its sites' updates can be"]
+    assert rig.cohorts == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize(("bits", "at"), [(16, Phase.KEYS), (32, Phase.CONSISTENT)])
+def test_a_site_that_missed_the_committed_attempt_trains_on(make_rig, bits, at):
+    """Neither the rotation nor the cohort of the attempt that it was in is the committed one's."""
+    aggregation = dataclasses.replace(PLAN.aggregation, word_bits=bits)
+    rig = make_rig(plan=dataclasses.replace(PLAN, aggregation=aggregation))
+
+    def away(*sites):
+        for site, node in rig.nodes.items():
+            (rig.grid.kill if site in sites else rig.grid.revive)(node)
+
+    def observe(attempt, phase, site, facts):
+        if (attempt.order, phase) == ((1, 1, 1), at):
+            away(2, 3)
+        elif phase is Phase.ABORTED:
+            away(LIAR)
+        elif phase is Phase.COMMITTED:
+            away()
+
+    rig.run(observer=observe)
+    assert len(rig.facts(Phase.ABORTED)) == 1
     assert rig.cohorts == [[0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
