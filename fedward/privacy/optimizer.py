@@ -146,11 +146,12 @@ class UnitOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
         self.clipped += int(longer.sum())
 
     def begin_noise(self) -> None:
-        """Draw the next step's noise in a thread, beside the backward passes that it waits for.
+        """Draw the next step's noise, if there is any, in a thread beside the backward passes.
 
         The stream must not be read by anybody else until the step.
         """
-        self._noise = self._thread.submit(self._normals)
+        if self.noise_multiplier > 0:  # else nobody would wait for the thread
+            self._noise = self._thread.submit(self._normals)
 
     def _normals(self) -> Noise:
         return [self._stream.normal(p.numel()).astype(np.float32) for p in self._units]

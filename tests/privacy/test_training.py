@@ -264,6 +264,20 @@ def test_noise_drawn_beside_the_backward_pass_is_the_same():
     assert not torch.equal(released[0], released[1])
 
 
+def test_without_noise_the_stream_is_left_alone():
+    """Drawn in a thread that no step waits for, it would race with the draw of the next units."""
+    for multiplier, untouched in ((0.0, True), (1.0, False)):
+        model, stream = nn.Linear(40, 40), SecureStream(KEY)
+        private = UnitOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            mechanism=tiny.mechanism(noise_multiplier=multiplier), stream=stream,
+        )  # fmt: skip
+        private.begin_noise()
+        private.add_noise()
+        private.release()
+        assert (stream.words(1) == SecureStream(KEY).words(1)).all() == untouched
+
+
 @pytest.mark.parametrize(
     "change",
     [{"clip": 0.0}, {"clip": math.nan}, {"normaliser": 0.0}, {"normaliser": math.inf},
