@@ -40,7 +40,8 @@ def type_of(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{option}`" for option in typing.get_args(hint))
     first = next((kind for kind in typing.get_args(hint) if kind is not type(None)), hint)
-    many = next((o for o in map(typing.get_origin, (hint, first)) if o in (tuple, Mapping)), None)
+    origins: list[Any] = [typing.get_origin(kind) for kind in (hint, first)]
+    many = next((origin for origin in origins if origin in (tuple, Mapping)), None)
     return TYPES[many or first]
 
 

@@ -22,11 +22,11 @@ def main(way: str, dimension: int, neighbours: int) -> None:
     else:
         import fedward.aggregation.site_session  # noqa: F401  # all that a session loads
         from fedward.aggregation.fixed_point import Grid, encode
-        from fedward.aggregation.masks import apply_masks
+        from fedward.aggregation.masks import Words, apply_masks
         from fedward.aggregation.rotation import rotate, rotated_grid
         from fedward.privacy.noise import SecureStream
 
-        words = np.empty(dimension, dtype=np.uint16 if way == "ours16" else np.uint32)
+        words: Words = np.empty(dimension, dtype=np.uint16 if way == "ours16" else np.uint32)
         if way == "ours16":
             turned = rotate(update, bytes(32))
             encode(turned, rotated_grid(8.0, dimension, sites=64), SecureStream(), out=words)

@@ -335,7 +335,7 @@ def test_a_site_that_missed_the_committed_attempt_trains_on(make_rig, bits, at):
     aggregation = dataclasses.replace(PLAN.aggregation, word_bits=bits)
     rig = make_rig(plan=dataclasses.replace(PLAN, aggregation=aggregation))
 
-    def away(*sites):
+    def away(*sites: int) -> None:
         for site, node in rig.nodes.items():
             (rig.grid.kill if site in sites else rig.grid.revive)(node)
 
