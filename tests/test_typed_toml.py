@@ -144,4 +144,3 @@ class Flat:
 )
 def test_what_is_dumped_reads_back_equal(value):
     assert parse(Flat, tomllib.loads(dump(value))) == value
-
