@@ -3,12 +3,14 @@
 import logging
 import os
 import signal
+import sys
 import threading
 from typing import Annotated
 
 import typer
 
 from fedward.client.audit_cli import DEFAULT_SITE, SiteOption
+from fedward.client.sandbox import shut_off
 from fedward.client.site_folder import SiteFolder
 
 daemon_app = typer.Typer()
@@ -43,6 +45,8 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     os.umask(0o077)
+    if sys.platform == "linux":
+        shut_off()
     logging.getLogger("fedward").setLevel(logging.INFO)
     logger = logging.getLogger(__name__)
     with signs_of_life(folder) as pulse:

@@ -107,10 +107,19 @@ def confine(cache: Path) -> None:
         if name.lower().endswith("_proxy"):
             del os.environ[name]
     os.environ.update(environment)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _prctl(_PR_SET_DUMPABLE, 0)  # the limit alone does not stop a core that is piped to a program
+    shut_off()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)  # also what allows a filter without root
     _install(_program(_FOREIGN, unix_only=True))
+
+
+def shut_off() -> None:
+    """Write no core, and let no process of the same user read this one's memory.
+
+    For the agent too: through ``/proc/PID/mem``, which is a file, the trainer could else reach the
+    agent's keys and connections past the filter.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _prctl(_PR_SET_DUMPABLE, 0)  # the limit alone does not stop a core that is piped to a program
 
 
 def seal() -> None:

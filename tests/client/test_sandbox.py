@@ -137,3 +137,33 @@ def test_a_machine_without_such_a_filter_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr("platform.machine", lambda: "sparc64")
     with pytest.raises(ConfigurationError, match="sparc64"):
         seal()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's place")
+@pytest.mark.parametrize(("first", "found"), [("pass", "done"), ("shut_off()", "EACCES")])
+def test_another_process_of_the_user_cannot_read_the_agents_memory(tmp_path, first, found):
+    """As an ordinary user; a parent may trace its child whatever the system's own rule is."""
+    agent = (
+        f"import os, sys; sys.path.insert(0, {str(Path.cwd())!r}); "
+        "from fedward.client.sandbox import shut_off; "
+        f"os.setgroups([]); os.setgid(65534); os.setuid(65534); {BACK}{first}; "
+        "print(flush=True); sys.stdin.read()"
+    )
+    program = f"""
+import errno, os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {agent!r}], stdin=-1, stdout=-1)
+child.stdout.readline()
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    open(f"/proc/{{child.pid}}/mem", "rb").close()
+    print("done")
+except OSError as error:
+    print(errno.errorcode[error.errno])
+child.stdin.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == found, done.stderr
+
+
+BACK = "import ctypes; ctypes.CDLL(None).prctl(4, 1, 0, 0, 0); "
+"""To change one's user makes a process undumpable; an agent that starts as its user is not."""
