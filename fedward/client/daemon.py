@@ -127,14 +127,16 @@ def _office(folder: SiteFolder) -> Office:
 
 def _watch(folder: SiteFolder, stop: threading.Event, changed: threading.Event) -> None:
     """Set ``changed`` when the site has to stop, or its policy or roster is another one."""
-    before, looks = _said(folder), 0
-    while not (stop.is_set() or changed.wait(_LOOK_SECONDS)):
-        if looks % int(_ROSTER_SECONDS / _LOOK_SECONDS) == 0:
-            _ask_for_roster(folder)
-        looks += 1
-        if _said(folder) != before:
-            break
-    changed.set()
+    try:
+        before, looks = _said(folder), 0
+        while not (stop.is_set() or changed.wait(_LOOK_SECONDS)):
+            if looks % int(_ROSTER_SECONDS / _LOOK_SECONDS) == 0:
+                _ask_for_roster(folder)
+            looks += 1
+            if _said(folder) != before:
+                break
+    finally:
+        changed.set()  # whatever happened here: an agent that nobody watches would never stop
 
 
 def _said(folder: SiteFolder) -> list[bytes]:
@@ -151,5 +153,5 @@ def _ask_for_roster(folder: SiteFolder) -> None:
             _LOG.warning("a newer roster waits for approval: fedward site roster --approve")
     except Unreachable:
         _LOG.debug("no roster could be fetched")  # the connection says so aloud
-    except (ConfigurationError, IdentityError) as error:
+    except (ConfigurationError, IdentityError, OSError) as error:  # OSError: a full disk
         _LOG.warning("the coordinator's roster is not taken: %s", reason_of(error))

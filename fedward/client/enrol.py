@@ -15,6 +15,7 @@ from fedward.identity import Member, Roster, open_roster
 from fedward.private_files import write_private
 
 _SECONDS = 30.0
+_ALL_SECONDS = 120.0
 _ANSWER_LIMIT = 32 << 20
 
 RosterNews = Literal["same", "adopted", "waiting"]
@@ -190,7 +191,7 @@ def _post(url: str, body: bytes, ca: str) -> bytes:
     try:
         context = ssl.create_default_context(cadata=ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        answer = b""
+        answer, end = b"", time.monotonic() + _ALL_SECONDS
         with contextlib.ExitStack() as stack:
             client = stack.enter_context(httpx.Client(verify=context, timeout=_SECONDS))
             response = stack.enter_context(client.stream("POST", url, content=body))
@@ -205,6 +206,8 @@ def _post(url: str, body: bytes, ca: str) -> bytes:
                 answer += piece
                 if len(answer) > _ANSWER_LIMIT:
                     raise IdentityError(f"{url}: the answer is larger than {_ANSWER_LIMIT} bytes")
+                if time.monotonic() > end:  # a byte now and then would hold the agent for ever
+                    raise Unreachable(f"{url}: no whole answer within {_ALL_SECONDS:g} s")
     except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError, OSError) as error:
         raise Unreachable(
             f"{url}: cannot be reached ({type(error).__name__}: {error}); check name, port, "

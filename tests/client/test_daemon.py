@@ -2,15 +2,18 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 
-from fedward.client import daemon
+from fedward.client import daemon, enrol
 from fedward.client.daemon import run_site
 from fedward.client.journal import verify_journal
 from fedward.client.site_folder import SiteConfig, SiteFolder
-from fedward.errors import ConfigurationError
+from fedward.errors import ConfigurationError, Unreachable
 from fedward.private_files import write_private
 from tests.client import desk
 from tests.server import office
@@ -58,6 +61,42 @@ def test_it_takes_up_a_changed_policy_waits_for_its_coordinator_and_stops(folder
     assert set(states) == {"disconnected"}
     whats = [entry["what"] for entry in verify_journal(folder, folder.identity().public_key)]
     assert whats == ["started", "policy or roster changed", "started", "stopped"]
+
+
+def test_a_full_disk_or_a_bug_does_not_leave_the_agent_without_its_watch(folder, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(daemon, "fetch_roster", full)
+    stop, changed = threading.Event(), threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    daemon._watch(folder, stop, changed)
+    assert stop.is_set(), "a full disk did not end the watch"
+    assert changed.is_set()
+
+    def bug(*_: object) -> None:
+        raise AttributeError
+
+    changed.clear()
+    monkeypatch.setattr(daemon, "_ask_for_roster", bug)
+    with pytest.raises(AttributeError):
+        daemon._watch(folder, threading.Event(), changed)
+    assert changed.is_set(), "nobody would ever stop the agent"
+
+
+def test_a_coordinator_that_dribbles_its_roster_does_not_hold_the_agent(folder, monkeypatch):
+    def dribble(request: httpx.Request) -> httpx.Response:
+        def pieces() -> Iterator[bytes]:
+            while True:
+                yield b"x"
+
+        return httpx.Response(200, content=pieces())
+
+    client = partial(httpx.Client, transport=httpx.MockTransport(dribble))
+    monkeypatch.setattr(enrol.httpx, "Client", lambda **_: client())
+    monkeypatch.setattr(enrol, "_ALL_SECONDS", 0.2)
+    with pytest.raises(Unreachable, match="no whole answer"):
+        enrol.fetch_roster(folder)
 
 
 def test_without_a_policy_nothing_runs(folder):
