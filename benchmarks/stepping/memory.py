@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -27,7 +28,8 @@ def peak(step: Callable[[], None], device: str) -> float:
     if profiler.profiler is None or profiler.profiler.kineto_results is None:
         raise RuntimeError("torch's profiler gave no result")
     events = profiler.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    memory: list[Any] = [e for e in events if e.name() == "[memory]"]  # torch's stub lacks nbytes
+    changes = [(e.start_ns(), e.nbytes()) for e in memory]
     held = most = 0
     for _, change in sorted(changes):
         held += change

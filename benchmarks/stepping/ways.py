@@ -63,7 +63,7 @@ def ours(model: Any, losses: Losses, batch: int) -> Step:  # noqa: ANN401  # PEF
 
 
 def _opacus(model: Any, losses: Losses, batch: int, **options: bool) -> Step:  # noqa: ANN401  # as above
-    wrapped = GradSampleModule(model, **options)
+    wrapped = GradSampleModule(model, **options)  # pyright: ignore[reportArgumentType]  # all bools
     optimizer = DPOptimizer(
         _adamw(model), noise_multiplier=SIGMA, max_grad_norm=CLIP, expected_batch_size=batch
     )
@@ -88,7 +88,7 @@ def functorch(model: Any, losses: Losses, batch: int) -> Step:  # noqa: ANN401  
 
 def ghost(model: Any, losses: Losses, batch: int) -> Step:  # noqa: ANN401  # PEFT has no types
     """Opacus's ghost clipping: norms first, then a second, reweighted backward."""
-    wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=CLIP)
+    wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=CLIP)  # pyright: ignore[reportArgumentType]
     optimizer = DPOptimizerFastGradientClipping(
         _adamw(model), noise_multiplier=SIGMA, max_grad_norm=CLIP, expected_batch_size=batch
     )
@@ -112,10 +112,10 @@ def loop(model: Any, losses: Losses, batch: int) -> Step:  # noqa: ANN401  # PEF
         for record in range(batch):
             torch.autograd.backward(losses(model, [record]).sum())
             grads = [p.grad for p in trained if p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            norm = torch.nn.utils.get_total_norm(grads)
             factor = (CLIP / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, factor)
-            torch._foreach_add_(sums, grads)
+            for held, grad in zip(sums, grads, strict=True):
+                held.addcmul_(grad, factor)
             optimizer.zero_grad(set_to_none=True)
         for p, total in zip(trained, sums, strict=True):
             p.grad = total / batch

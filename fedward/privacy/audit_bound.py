@@ -8,6 +8,7 @@ claim; it proves no privacy.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -248,4 +249,5 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
     if excess(0.0) <= 0:
         return 0.0
-    return float(optimize.brentq(excess, 0.0, mu * mu / 2 + 40 * mu))
+    root: Any = optimize.brentq(excess, 0.0, mu * mu / 2 + 40 * mu)
+    return float(root)

@@ -8,6 +8,7 @@ rounds.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +128,8 @@ def one_run_bound(
 
     if excess(0.0) >= 0:
         return 0.0
-    return float(optimize.brentq(excess, 0.0, 50.0, xtol=1e-6))
+    root: Any = optimize.brentq(excess, 0.0, 50.0, xtol=1e-6)
+    return float(root)
 
 
 def _chance(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
@@ -137,7 +139,7 @@ def _chance(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
     Delta adds at most ``2 * canaries * delta`` times the largest mean chance, over i, of lacking 1
     to i right guesses.
     """
-    law = stats.binom(guesses, 1 / (1 + math.exp(-epsilon)))
+    law: Any = stats.binom(guesses, 1 / (1 + math.exp(-epsilon)))
     chance = float(law.sf(right - 1))
     if delta > 0 and right > 0:
         lacking = np.cumsum(law.pmf(np.arange(right - 1, -1, -1))) / np.arange(1, right + 1)

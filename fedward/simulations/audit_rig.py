@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,7 @@ def tiny_rig(plan: Plan, folder: Path, stream: SecureStream) -> Rig:
     sizes = [1 + int(n) for n in stream.integers(count, plan.privacy.records_per_unit)]
     ends = list(itertools.accumulate(sizes))
     tokens = len(tuned.tokenizer)
+    padding: Any = tuned.tokenizer.pad_token_id
     return Rig(
         plan=plan,
         subject=f"a tiny {Path(plan.model.path).name} on {count} random units",
@@ -103,7 +105,7 @@ def tiny_rig(plan: Plan, folder: Path, stream: SecureStream) -> Rig:
         tokens=tokens,
         encoded=Encoded(
             examples=random_examples(plan, tokens, ends[-1], stream),
-            padding=int(tuned.tokenizer.pad_token_id or 0),
+            padding=padding,
             classify=plan.task.objective == "classify",
         ),
         units=tuple(tuple(range(e - n, e)) for e, n in zip(ends, sizes, strict=True)),

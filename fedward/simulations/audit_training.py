@@ -70,9 +70,9 @@ def audit_training(
     records = list(range(first, first + canaries))
     quiet = step if noise else dataclasses.replace(step, noise_multiplier=0.0)
     rig.restart()
-    found = np.zeros(canaries)
+    found, optimizer = np.zeros(canaries), _optimizer(rig)
     for done in range(steps):
-        if done % plan.rounds.steps == 0:
+        if done % plan.rounds.steps == 0:  # a new one in every round, as at a site
             optimizer = _optimizer(rig)
         known = _canary_gradients(rig.model, encoded, records, quiet.clip)
         released = _step(rig.model, units, encoded, optimizer, quiet, stream)

@@ -96,7 +96,7 @@ def read_table(
     Raises:
         DataError: The file cannot be read, is empty, or lacks a column that ``names`` gives.
     """
-    rows = _read(path)
+    rows: list[Row] = _read(path)
     if not rows:
         raise DataError(f"{path}: no records; expected at least one")
     for own in (names or {}).values():

@@ -103,6 +103,7 @@ def test_runs_of_both_modes_share_one_budget(ledger):
 
 def test_a_search_is_charged_like_any_other_use(ledger):
     """Hyper-parameters, objectives and data versions are other plans over the same patients."""
+    number = 0
     for number in range(100):
         try:
             ledger.open_run(f"trial-{number}", bytes([number]) * 32, LOCAL, 3)
