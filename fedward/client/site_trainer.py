@@ -1,5 +1,6 @@
 """The trainer of a site's folder: which records, which model, which device; and its life."""
 
+import dataclasses
 import logging
 import os
 import socket
@@ -47,6 +48,20 @@ def trainer_maker(folder: SiteFolder) -> MakeTrainer:
     return make
 
 
+def within_policy(folder: SiteFolder, make: MakeTrainer) -> MakeTrainer:
+    """The same, for plans that the site's policy allows at some hour.
+
+    The agent has asked the policy already; but the agent has a network and may be taken over, and
+    must not get an update without noise for it.
+    """
+
+    def checked(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
+        dataclasses.replace(load_policy(folder.policy), hours=()).check(plan)
+        return make(plan, dataset, on_step)
+
+    return checked
+
+
 def check_trained(layout: Layout, policy: Policy) -> None:
     """Refuse a model whose trainable tensors lie in a module that the policy keeps frozen.
 
@@ -69,7 +84,7 @@ def run_trainer(folder: SiteFolder, *, child: bool) -> None:
     """
     if folder.config().device.startswith("cuda"):
         torch.empty(0, device=folder.config().device)  # while the driver may still open sockets
-    server = serve(folder.trainer_socket, trainer_maker(folder))
+    server = serve(folder.trainer_socket, within_policy(folder, trainer_maker(folder)))
     _tell_systemd("READY=1")
     seal()
     if not child:

@@ -28,6 +28,7 @@ from fedward.errors import (
     DataError,
     FedwardError,
     ModelError,
+    PolicyRefusal,
     PrivacyError,
     ProtocolError,
 )
@@ -57,6 +58,7 @@ _FAILURES: tuple[tuple[type[FedwardError], wire.Failure], ...] = (
     (_Stopped, wire.FAILURE_CANCELLED),
     (ProtocolError, wire.FAILURE_REQUEST),
     (ConfigurationError, wire.FAILURE_PLAN),
+    (PolicyRefusal, wire.FAILURE_PLAN),
     (ModelError, wire.FAILURE_MODEL),
     (DataError, wire.FAILURE_DATA),
     (PrivacyError, wire.FAILURE_PRIVACY),

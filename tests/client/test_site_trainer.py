@@ -1,6 +1,7 @@
 """The trainer of a site: confined, killed in the middle of a round, and nothing is lost by it."""
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -15,10 +16,10 @@ from fedward.attempt import Attempt
 from fedward.client.policy import Policy
 from fedward.client.remote_trainer import RemoteTrainer, site_remote_trainer
 from fedward.client.sandbox import offline_environment
-from fedward.client.site_trainer import check_trained, trainer_maker
+from fedward.client.site_trainer import check_trained, trainer_maker, within_policy
 from fedward.client.trainer import TrainRequest
 from fedward.client.trainer_process import TrainerProcess
-from fedward.errors import DataError, ModelError
+from fedward.errors import DataError, ModelError, PolicyRefusal
 from fedward.plan import Plan
 from fedward.tuning.tuned import tuned_model
 from tests.client.well import make_site
@@ -126,6 +127,13 @@ def test_a_sites_trainer_needs_neither_its_keys_nor_its_ledger(base, tmp_path):
     trainer.prepare(request)
     assert np.isfinite(trainer.train(request).update).all()
     assert steps == [1]
+
+
+def test_an_agent_that_was_taken_over_gets_no_update_without_noise(base, tmp_path):
+    site, plan = make_site(tmp_path, base), tiny.make_plan(base)
+    bare = dataclasses.replace(plan, privacy=dataclasses.replace(plan.privacy, epsilon=math.inf))
+    with pytest.raises(PolicyRefusal, match="max_epsilon"):
+        within_policy(site, trainer_maker(site))(bare, "notes", lambda _: None)
 
 
 @pytest.mark.slow
