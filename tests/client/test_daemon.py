@@ -93,7 +93,7 @@ def test_a_coordinator_that_dribbles_its_roster_does_not_hold_the_agent(folder, 
         return httpx.Response(200, content=pieces())
 
     client = partial(httpx.Client, transport=httpx.MockTransport(dribble))
-    monkeypatch.setattr(enrol.httpx, "Client", lambda **_: client())
+    monkeypatch.setattr(httpx, "Client", lambda **_: client())
     monkeypatch.setattr(enrol, "_ALL_SECONDS", 0.2)
     with pytest.raises(Unreachable, match="no whole answer"):
         enrol.fetch_roster(folder)

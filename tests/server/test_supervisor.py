@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fedward.server import serve
 from fedward.server.supervisor import Part, supervise
+from tests.server import office
 
 WRITE = "import os, sys; open(sys.argv[1], 'a').write(f'{os.getpid()}\\n'); "
 STAY = WRITE + "sys.stdin.buffer.read()"
@@ -102,3 +104,19 @@ def test_a_part_ends_when_its_standard_input_does():
         process.stdout.readline()
         process.stdin.close()
         assert process.wait(30) in {0, -signal.SIGTERM}
+
+
+def test_the_coordinators_parts_run_no_code_of_the_folder_they_are_started_in(
+    tmp_path, monkeypatch
+):
+    parts = list[Part]()
+    monkeypatch.setattr(serve, "supervise", lambda found, _: parts.extend(found))
+    serve.serve(office.make_coordinator(tmp_path / "c"), threading.Event())
+    (tmp_path / "fedward").mkdir()
+    (tmp_path / "fedward" / "__init__.py").write_text("raise SystemExit('planted')")
+    *command, _ = parts[0].command
+    done = subprocess.run(
+        [*command, str(tmp_path / "none")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "planted" not in done.stderr
+    assert "not the folder of a coordinator" in done.stderr
