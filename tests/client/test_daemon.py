@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def started(folder: SiteFolder) -> int:
     return folder.journal.read_text().count('"what":"started"')
 
 
-def wait_for(holds, seconds=60.0):
+def wait_for(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end

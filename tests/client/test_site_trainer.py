@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ os._exit(0)
 """
 
 
-def trainers():
+def trainers() -> Any:
     return tiny.recorders({name: tiny.make_records(name, n) for name, n in SITES.items()})
 
 
