@@ -2,7 +2,7 @@
 
 An about 8-million-parameter Llama with a byte-level BPE of 8,192 tokens reads general and medical
 English that the medquad benchmark does not use. Nothing private: all parameters are trained by
-`fedward.server.central`. Interrupted, the same command goes on from the last checkpoint.
+`fedward.server.central.full`. Interrupted, the same command goes on from the last checkpoint.
 
     python benchmarks/base_lm.py                 # out/base-lm, at most 30 minutes on 2 cores
     python benchmarks/base_lm.py --quick --json  # a toy in out/base-lm-quick, under 2 minutes
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from fedward.errors import ConfigurationError, FedwardError
-from fedward.server.central import FullTraining, train_full
+from fedward.server.central.full import FullTraining, train_full
 from fedward.tuning.small import build_llama, build_tokenizer
 
 CORPUS: Mapping[str, tuple[str, ...]] = {

@@ -1,9 +1,9 @@
-"""The two things that a stranger may ask of the public port: to enrol, and the current roster.
+"""Membership over the public port: to enrol, the current roster, to leave.
 
-A pure ASGI application; the front mounts it under :data:`fedward.enrolment.ENROL_PATH`
-and :data:`~fedward.enrolment.ROSTER_PATH`. It answers with the sealed roster (200) or with nothing
-but a status: 403 refused, 404 no such path, 413 too large. Why it refused is in the coordinator's
-log; to tell a stranger would help him guess.
+A pure ASGI application; the front mounts it under :data:`fedward.enrolment.ENROL_PATH`,
+:data:`~fedward.enrolment.ROSTER_PATH` and :data:`~fedward.enrolment.LEAVE_PATH`. It answers with
+the sealed roster (200) or with nothing but a status: 403 refused, 404 no such path, 413 too large.
+Why it refused is in the coordinator's log; to tell a stranger would help him guess.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from fedward.enrolment import ENROL_PATH, ROSTER_PATH, EnrolRequest, RosterRequest
+from fedward.enrolment import ENROL_PATH, LEAVE_PATH, ROSTER_PATH, EnrolRequest, MemberRequest
 from fedward.errors import IdentityError
 from fedward.server.coordinator_folder import CoordinatorFolder
 from fedward.server.members import open_members
@@ -37,8 +37,8 @@ def enrolment_app(
 
     Args:
         folder: The coordinator's.
-        on_change: Called, in a worker thread, when a site was enrolled, before it is answered; for
-            example to make its fleet key known to the SuperLink.
+        on_change: Called, in a worker thread, when a site was enrolled or has left, before it is
+            answered; for example to make its fleet key known to the SuperLink.
         clock: Unix seconds.
 
     Guarantees:
@@ -47,7 +47,7 @@ def enrolment_app(
     """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        handlers = {ENROL_PATH: _enrol, ROSTER_PATH: _roster}
+        handlers = {ENROL_PATH: _enrol, ROSTER_PATH: _roster, LEAVE_PATH: _leave}
         handler = handlers.get(scope["path"])
         if scope["type"] != "http" or scope["method"] != "POST" or handler is None:
             await _respond(send, 404)
@@ -86,11 +86,28 @@ def _roster(
 
     One that is revoked gets it too, because it has to learn that it is.
     """
-    key = RosterRequest.open(body, now)
+    key = _asked_by(folder, body, now, ROSTER_PATH)
     with open_members(folder) as members:
         if all(member.public_key != key for member in members.all()):
             raise IdentityError("the key of no member")
         return members.sealed_roster()
+
+
+def _leave(
+    folder: CoordinatorFolder, body: bytes, now: int, on_change: Callable[[], None]
+) -> bytes:
+    key = _asked_by(folder, body, now, LEAVE_PATH)
+    with open_members(folder) as members:
+        site = members.leave(key, now)
+        sealed = members.sealed_roster()
+    _LOG.info("site %d (%s) has left", site.id, site.name)
+    on_change()
+    return sealed
+
+
+def _asked_by(folder: CoordinatorFolder, body: bytes, now: int, path: str) -> bytes:
+    coordinator = folder.identity().public_key
+    return MemberRequest.open(body, now, path=path, coordinator=coordinator)
 
 
 async def _read(receive: Receive) -> bytes | None:

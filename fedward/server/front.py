@@ -15,7 +15,7 @@ from pathlib import Path
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from fedward.enrolment import ENROL_PATH, ROSTER_PATH
+from fedward.enrolment import ENROL_PATH, LEAVE_PATH, ROSTER_PATH
 from fedward.server.enrolment import AsgiApp, Receive, Scope, Send
 
 FLEET_PATHS = frozenset(
@@ -83,7 +83,7 @@ class Front:
             return None, 429
         if scope["path"] in FLEET_PATHS:
             target = self._flower
-        elif scope["path"] in {ENROL_PATH, ROSTER_PATH}:
+        elif scope["path"] in {ENROL_PATH, ROSTER_PATH, LEAVE_PATH}:
             target = self._enrolment
         else:
             return None, 404

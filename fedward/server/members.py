@@ -1,10 +1,12 @@
 """Who is a member: invitations, enrolled sites and the roster that follows from them (SQLite).
 
 Every change makes one more epoch; ids are never given out again, so that a session, a letter or a
-fault of a former member can never be taken for a new one's.
+fault of a former member can never be taken for a new one's. A site that left by itself may come
+back, with a new token, as what it was: the same id and keys.
 """
 
 import contextlib
+import dataclasses
 import hmac
 import os
 import sqlite3
@@ -41,7 +43,8 @@ class Enrolled:
         name: Its name.
         public_key: Its Ed25519 key, 32 bytes.
         fleet_key: Its EC P-384 key, OpenSSH text: what Flower's node authentication asks for.
-        revoked: Whether it is out for good.
+        revoked: Whether it is out.
+        left: Whether it went by itself, and so may come back with its keys.
     """
 
     id: int
@@ -49,6 +52,7 @@ class Enrolled:
     public_key: bytes
     fleet_key: str
     revoked: bool
+    left: bool = False
 
 
 class Members:
@@ -140,14 +144,41 @@ class Members:
             self._db.execute("UPDATE member SET revoked=1 WHERE id=?", (found.id,))
             self._change("revoked", found.id, now)
 
+    def leave(self, key: bytes, now: int) -> Enrolled:
+        """Let out the site that asks for it; asked again, nothing changes.
+
+        Args:
+            key: The Ed25519 key that signed the request.
+            now: Unix seconds.
+
+        Raises:
+            IdentityError: The key of no member.
+        """
+        with self._transaction():
+            found = next((member for member in self.all() if member.public_key == key), None)
+            if found is None:
+                raise IdentityError("the key of no member")
+            if not found.revoked:
+                self._db.execute("UPDATE member SET revoked=1 WHERE id=?", (found.id,))
+                self._change("left", found.id, now)
+        return found
+
     def all(self) -> list[Enrolled]:
         """Every site that is or was a member, by id."""
         rows = self._db.execute(
-            "SELECT id, name, public_key, fleet_key, revoked FROM member ORDER BY id"
+            "SELECT id, name, public_key, fleet_key, revoked, (SELECT what FROM change "
+            "WHERE member=id ORDER BY epoch DESC LIMIT 1) FROM member ORDER BY id"
         )
         return [
-            Enrolled(id=i, name=name, public_key=key, fleet_key=fleet, revoked=bool(revoked))
-            for i, name, key, fleet, revoked in rows
+            Enrolled(
+                id=i,
+                name=name,
+                public_key=key,
+                fleet_key=fleet,
+                revoked=bool(revoked),
+                left=what == "left",
+            )
+            for i, name, key, fleet, revoked, what in rows
         ]
 
     def waiting(self, now: int) -> list[tuple[str, int]]:
@@ -190,19 +221,29 @@ class Members:
         key = bytes.fromhex(request.public_key)
         if key == self._folder.identity().public_key:
             raise IdentityError("a site needs a key of its own")
+        keys = (request.site, key, request.fleet_key)
+        for member in self.all():
+            if member.left and (member.name, member.public_key, member.fleet_key) == keys:
+                return self._enrolled(member, hashed, now)
         (site,) = self._db.execute("SELECT coalesce(max(id) + 1, 0) FROM member").fetchone()
         try:
             self._db.execute(
                 "INSERT INTO member (id, name, public_key, fleet_key) VALUES (?, ?, ?, ?)",
-                (site, request.site, key, request.fleet_key),
+                (site, *keys),
             )
         except sqlite3.IntegrityError as error:
             raise IdentityError("these keys are or were another member's: make new ones") from error
-        self._db.execute("UPDATE invitation SET member=? WHERE secret_hash=?", (site, hashed))
-        self._change("enrolled", site, now)
-        return Enrolled(
+        made = Enrolled(
             id=site, name=request.site, public_key=key, fleet_key=request.fleet_key, revoked=False
         )
+        return self._enrolled(made, hashed, now)
+
+    def _enrolled(self, member: Enrolled, hashed: bytes, now: int) -> Enrolled:
+        """Record that an invitation made this site a member."""
+        self._db.execute("UPDATE member SET revoked=0 WHERE id=?", (member.id,))
+        self._db.execute("UPDATE invitation SET member=? WHERE secret_hash=?", (member.id, hashed))
+        self._change("enrolled", member.id, now)
+        return dataclasses.replace(member, revoked=False, left=False)
 
     def _active(self, name: str) -> Enrolled | None:
         return next((m for m in self.all() if m.name == name and not m.revoked), None)

@@ -114,7 +114,7 @@ def roster(folder: _Folder = _DEFAULT, json_output: _Json = False) -> None:
             "id": site.id,
             "name": site.name,
             "fingerprint": fingerprint(site.public_key),
-            "state": "revoked" if site.revoked else "member",
+            "state": "left" if site.left else "revoked" if site.revoked else "member",
         }
         for site in sites
     ]

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fedward.canonical import canonical_json, digest
 from fedward.plan import Plan
-from fedward.server.central import FullTraining, train_full
+from fedward.server.central.full import FullTraining, train_full
 from fedward.simulations.notes import public_corpus, vocabulary
 from fedward.tuning.objectives import collate, encode, loss_per_example
 from fedward.tuning.records import group

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedward.errors import ConfigurationError, InvalidValue, ModelError
-from fedward.server.central import FullTraining, batch_of, train_full
+from fedward.server.central.full import FullTraining, batch_of, train_full
 
 SETTINGS = FullTraining(steps=40, batch_size=8, learning_rate=0.05, save_every=10)
 INPUTS = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32))
