@@ -17,6 +17,7 @@ from fedward.enrolment import EnrolRequest, secret_hash
 from fedward.errors import ConfigurationError, IdentityError
 from fedward.identity import Member, Roster, seal_roster
 from fedward.server.coordinator_folder import CoordinatorFolder
+from fedward.server.database import connect, transaction
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS member (
@@ -65,9 +66,7 @@ class Members:
     def __init__(self, folder: CoordinatorFolder) -> None:
         self._folder = folder
         os.close(os.open(folder.members, os.O_CREAT, 0o600))  # before SQLite does, with its mode
-        self._db = sqlite3.connect(folder.members, isolation_level=None, timeout=30)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
+        self._db = connect(folder.members)
         self._db.executescript(_SCHEMA)
 
     def close(self) -> None:
@@ -91,7 +90,7 @@ class Members:
         if expires <= now:
             raise ConfigurationError("an invitation must hold for some time; give more hours")
         secret = os.urandom(32).hex()
-        with self._transaction():
+        with transaction(self._db):
             if self._active(name) is not None:
                 raise ConfigurationError(
                     f"site {name!r} is a member already; revoke it first if it has new keys"
@@ -114,7 +113,7 @@ class Members:
             IdentityError: No such invitation, it is over or used by other keys, or the keys are
                 another's.
         """
-        with self._transaction():
+        with transaction(self._db):
             hashed, used_by, expires = self._invitation(request)
             if used_by is not None:
                 found = next(member for member in self.all() if member.id == used_by)
@@ -136,7 +135,7 @@ class Members:
         Raises:
             ConfigurationError: No such member.
         """
-        with self._transaction():
+        with transaction(self._db):
             found = self._active(name)
             if found is None:
                 members = ", ".join(m.name for m in self.all() if not m.revoked) or "none"
@@ -154,7 +153,7 @@ class Members:
         Raises:
             IdentityError: The key of no member.
         """
-        with self._transaction():
+        with transaction(self._db):
             found = next((member for member in self.all() if member.public_key == key), None)
             if found is None:
                 raise IdentityError("the key of no member")
@@ -254,16 +253,6 @@ class Members:
             "SELECT coalesce(max(epoch), 0) + 1, ?, ?, ? FROM change",
             (now, what, member),
         )
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fedward.errors import InvalidValue, RoundError
 from fedward.plan import Plan, from_json
+from fedward.server.database import connect, transaction
 from fedward.tuning.vector import Layout, layout_from_bytes, layout_to_bytes
 
 
@@ -198,14 +199,5 @@ class RunBook:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """One connection for one transaction: it may come from any thread."""
-        with contextlib.closing(sqlite3.connect(self._path, timeout=30)) as db:
-            db.isolation_level = None
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
+        with contextlib.closing(connect(self._path)) as db, transaction(db):
+            yield db

@@ -6,12 +6,8 @@ events and goes on. Blobs (adapters, sums) are content-addressed files, in place
 that names them.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import sqlite3
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +15,8 @@ from pathlib import Path
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json, digest
 from fedward.errors import RoundError
+from fedward.private_files import write_private
+from fedward.server.database import connect, transaction
 
 EVERYBODY = -1
 """The ``site`` of an event that concerns no single site."""
@@ -78,9 +76,7 @@ class RunStore:
     def __init__(self, folder: Path) -> None:
         self._blobs = folder / "blobs"
         self._blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._db = sqlite3.connect(folder / "runs.sqlite", isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
+        self._db = connect(folder / "runs.sqlite")
         self._db.execute(_SCHEMA)
 
     def close(self) -> None:
@@ -97,7 +93,7 @@ class RunStore:
         """
         payload = canonical_json(facts)
         key = (attempt.run, *attempt.order, site, phase.value)
-        with self._transaction():
+        with transaction(self._db):
             row = self._db.execute(
                 "SELECT payload FROM event WHERE run=? AND round=? AND session=? AND attempt=? "
                 "AND site=? AND phase=?",
@@ -156,13 +152,7 @@ class RunStore:
         name = hashlib.sha256(data).hexdigest()
         path = self._blobs / name
         if not path.exists():
-            scratch = path.with_suffix(".part")
-            with scratch.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-            _sync_folder(self._blobs)
+            write_private(path, data)
         return name
 
     def blob(self, name: str) -> bytes:
@@ -183,16 +173,6 @@ class RunStore:
         row = self._db.execute("SELECT hash FROM event ORDER BY seq DESC LIMIT 1").fetchone()
         return _START if row is None else bytes(row[0])
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
-
 
 _START = bytes(32)
 
@@ -200,11 +180,3 @@ _START = bytes(32)
 def _chain(head: bytes, attempt: Attempt, site: int, phase: str, payload: bytes) -> bytes:
     position = canonical_json([attempt.run, *attempt.order, site, phase])
     return digest("event", head, position, payload)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
