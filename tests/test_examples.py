@@ -8,7 +8,8 @@ import pytest
 
 from fedward.errors import DataError
 from fedward.plan import Plan, load_plan
-from fedward.tuning.records import make_sites, needed_columns, read_records
+from fedward.tuning.columns import needed_columns
+from fedward.tuning.records import make_sites, read_records
 from fedward.tuning.tuners import _configuration
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -28,26 +28,6 @@ class Segment:
     learned: bool
 
 
-def template_columns(template: str) -> list[str]:
-    """The columns that a template names as ``{column}``, each once.
-
-    Raises:
-        ConfigurationError: A brace without its partner, no field, or one that is no plain name.
-    """
-    try:
-        pieces = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigurationError(f"[data] template: {error}; write {{{{ for a brace") from error
-    fields = [(name, form, how) for _, name, form, how in pieces if name is not None]
-    for name, form, how in fields:
-        # Attributes, indices and formats would let a template compute; it only puts text in place.
-        if not name or form or how or set(name) & set(".[]"):
-            raise ConfigurationError(f"[data] template: {{{name}}} must be a column's plain name")
-    if not fields:
-        raise ConfigurationError("[data] template: expected at least one {column}")
-    return list(dict.fromkeys(name for name, _, _ in fields))
-
-
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """A template with the row's columns in place; braces inside a column stay as they are.
 

@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetsError
 
 from fedward.errors import DataError
 from fedward.plan import Data, Plan
-from fedward.tuning.prompts import template_columns
+from fedward.tuning.columns import input_columns, needed_columns
 
 _LOG = logging.getLogger(__name__)
 
@@ -222,31 +222,6 @@ def make_sites(records: Records, data: Data) -> dict[str, Records]:
 def labels_of(records: Records, column: str) -> tuple[str, ...]:
     """The distinct labels, sorted; for simulations, whose data is public to the simulator."""
     return tuple(sorted({str(row[column]) for row in records.rows}))
-
-
-def needed_columns(plan: Plan) -> list[str]:
-    """The columns that a plan reads, each once."""
-    data = plan.data
-    columns = input_columns(plan)
-    if plan.task.objective == "classify":
-        columns.append(data.label)
-    elif data.completion is not None:
-        columns.append(data.completion)
-    by = None if data.split is None else data.split.by
-    columns += [column for column in (data.unit, data.site, by) if column is not None]
-    return list(dict.fromkeys(columns))
-
-
-def input_columns(plan: Plan) -> list[str]:
-    """The columns that make the input of an example."""
-    data = plan.data
-    if data.template is not None:
-        return template_columns(data.template)
-    if plan.task.objective == "sft" and data.messages is not None:
-        return [data.messages]
-    if plan.task.objective == "sft" and data.prompt is not None:
-        return [data.prompt]
-    return [data.text]
 
 
 def check_column(column: str, row: Row, path: Path, *, show_columns: bool = True) -> None:

@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedward.errors import ConfigurationError
 from fedward.plan import Data, Task
-from fedward.tuning.prompts import fill, input_text, segments, template_columns, uses_chat
+from fedward.tuning.columns import template_columns
+from fedward.tuning.prompts import fill, input_text, segments, uses_chat
 from fedward.tuning.small import build_tokenizer
 from tests.tuning.rig import TEXTS, make_plan
 
