@@ -13,9 +13,6 @@ from fedward.privacy.noise import SecureStream
 from fedward.privacy.optimizer import UnitOptimizer
 from tests.privacy import tiny
 
-# peft 0.21 asks transformers 5 by an old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 
 def backward(losses: Tensor) -> None:
     torch.autograd.backward(losses.sum())

@@ -6,9 +6,7 @@ from fedward.privacy.coverage import coverage
 from tests.privacy import exactness
 from tests.privacy.exactness import BASES, CHECKPOINTING, METHODS, NOWHERE, SINGLE, TOLERANCE
 
-# peft 0.21 asks transformers 5 by an old name.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),

@@ -13,7 +13,6 @@ from tests.privacy.exactness import METHODS, SINGLE
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),
 ]

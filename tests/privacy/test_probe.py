@@ -8,9 +8,6 @@ from fedward.errors import UncoveredParameters
 from fedward.privacy.probe import check_independence
 from tests.privacy import tiny
 
-# peft 0.21 asks transformers 5 by an old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 RECORDS = [0, 1, 2]
 
 

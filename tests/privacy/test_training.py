@@ -13,9 +13,6 @@ from fedward.privacy.optimizer import Mechanism, UnitOptimizer, check_parameters
 from fedward.privacy.training import draw, physical_batches, train_steps
 from tests.privacy import tiny
 
-# peft 0.21 asks transformers 5 by an old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 KEY, UNITS, EVERYBODY = tiny.KEY, tiny.UNITS, tiny.EVERYBODY
 
 
