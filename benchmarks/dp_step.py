@@ -23,18 +23,15 @@ import fedward  # noqa: F401  # switches telemetry off before any library loads
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from reporting import machine
 from stepping.memory import peak
 from stepping.models import CHECKPOINTING, SIZES, Losses, build, records
 from stepping.ways import WAYS, Step
@@ -47,19 +44,11 @@ Case = dict[str, Any]
 """A way's figures in one case, or ``{"refused": why}``."""
 
 
-def machine(device: str) -> dict[str, str]:
+def setting(device: str) -> dict[str, str]:
     """Where the figures come from."""
-    facts = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.split(":")[1].strip() for line in facts.splitlines() if "model name" in line]
-    packages = ("fedward", "torch", "opacus", "peft", "transformers", "bitsandbytes", "numpy")
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
-        "cores": str(os.cpu_count()),
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+    packages = ("torch", "opacus", "peft", "transformers", "bitsandbytes", "numpy")
+    name = torch.cuda.get_device_name() if device != "cpu" else "cpu"
+    return machine(*packages) | {"device": name, "load": f"{os.getloadavg()[0]:.1f}"}
 
 
 def timed(step: Step, device: str) -> tuple[float, float]:
@@ -158,7 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    print(", ".join(f"{name} {value}" for name, value in machine(options.device).items()))
+    print(", ".join(f"{name} {value}" for name, value in setting(options.device).items()))
     turns = QUICK if options.quick else TURNS
     cases: dict[str, dict[str, Case]] = {}
     for size in options.sizes or (["xs", "s"] if options.quick else ["xs", "s", "m"]):
@@ -178,7 +167,7 @@ def main() -> None:
     print("\nworst case of each:", {k: v and round(v, 3) for k, v in figures.items()})
     print(f"goals: time <= {GOAL['time']}, memory <= {GOAL['memory']}")
     if options.json:
-        print(json.dumps({"machine": machine(options.device), "cases": cases, **figures}))
+        print(json.dumps({"machine": setting(options.device), "cases": cases, **figures}))
 
 
 if __name__ == "__main__":

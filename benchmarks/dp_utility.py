@@ -16,29 +16,25 @@ import fedward  # noqa: F401  # switches telemetry off before any library loads
 # isort: split
 
 import argparse
-import fnmatch
 import json
 import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from first_federation import machine
+from reporting import choose, machine
 from transformers.utils import logging
 from utility_grid.cells import Cell, Grid, Size, grid
 from utility_grid.tables import figures, lines, markdown, plot, sentences
 
-from fedward.errors import ConfigurationError, FedwardError
+from fedward.errors import FedwardError
 
+PACKAGES = ("torch", "transformers", "peft", "opacus")
 QUICK = Size(rows=300, test=32, steps=2)
 
 
-def choose(patterns: str, seeds: str | None, *, quick: bool) -> list[Cell]:
-    """The cells whose names one of the comma-separated patterns matches.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
+def wanted(patterns: str, seeds: str | None, *, quick: bool) -> list[Cell]:
+    """The cells that the options name."""
     if quick:
         return [
             cell
@@ -47,19 +43,9 @@ def choose(patterns: str, seeds: str | None, *, quick: bool) -> list[Cell]:
             and cell.tuner != "lora"
             and cell.epsilon in {math.inf, 1.0}
         ]
-    numbers = None if seeds is None else seeds.split(",")
-    chosen = [
-        cell
-        for cell in grid()
-        if any(fnmatch.fnmatch(cell.name, pattern) for pattern in patterns.split(","))
-        and (numbers is None or str(cell.seed) in numbers)
-    ]
-    if not chosen:
-        raise ConfigurationError(
-            f"no cell {patterns!r}{'' if seeds is None else f' with seeds {seeds}'}: expected a "
-            "pattern over the names that --list shows"
-        )
-    return chosen
+    numbers = None if seeds is None else {int(seed) for seed in seeds.split(",")}
+    cells = [cell for cell in grid() if numbers is None or cell.seed in numbers]
+    return choose(cells, lambda cell: cell.name, patterns)
 
 
 def work_through(results: Grid, cells: Sequence[Cell]) -> None:
@@ -90,7 +76,7 @@ def report(results: Grid, options: argparse.Namespace) -> None:
         plot(found, done, options.plot)
     if options.json:
         count = {"cells": len(grid()), "done": len(done)}
-        print(json.dumps({"machine": machine(), **count, "figures": figures(found, done)}))
+        print(json.dumps({"machine": machine(*PACKAGES), **count, "figures": figures(found, done)}))
 
 
 def main() -> None:
@@ -107,13 +93,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="toy cells that are not kept")
     options = parser.parse_args()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
-    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    print(", ".join(f"{name} {value}" for name, value in machine(*PACKAGES).items()), flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="fedward-") as scratch:
             folder: Path = Path(scratch) if options.quick else options.out
             folder.mkdir(parents=True, exist_ok=True)
             results = Grid(folder, options.data, QUICK if options.quick else Size())
-            cells = choose(options.cells, options.seeds, quick=options.quick)
+            cells = wanted(options.cells, options.seeds, quick=options.quick)
             if options.list:
                 for cell in cells:
                     print(f"{'done' if results.result(cell) else 'open'} {cell.name}")

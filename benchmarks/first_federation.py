@@ -16,57 +16,29 @@ import fedward  # noqa: F401  # switches telemetry off before any library loads
 
 import argparse
 import dataclasses
-import fnmatch
 import json
-import os
-import platform
-import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from federation_grid.cells import TASKS, Cell, Grid, grid
 from federation_grid.tables import checks, compare, figures, markdown
+from reporting import choose, machine
 from transformers.utils import logging
 
-from fedward.errors import ConfigurationError, FedwardError
+from fedward.errors import FedwardError
 from fedward.plan import Plan
 
-
-def machine() -> dict[str, str]:
-    """Where the figures come from."""
-    facts = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.split(":")[1].strip() for line in facts.splitlines() if "model name" in line]
-    packages = ("fedward", "torch", "transformers", "peft", "opacus", "flwr", "scikit-learn")
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": str(os.cpu_count()),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+PACKAGES = ("torch", "transformers", "peft", "opacus", "flwr", "scikit-learn")
 
 
-def choose(patterns: str, seeds: str | None, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells whose task or name one of the comma-separated patterns matches.
-
-    Raises:
-        ConfigurationError: A pattern or the seeds match nothing.
-    """
-    wanted = None if seeds is None else {int(seed) for seed in seeds.split(",")}
-    chosen: set[Cell] = set()
-    for pattern in patterns.split(","):
-        matching = {c for c in cells if c.task == pattern or fnmatch.fnmatch(c.name, pattern)}
-        matching = {c for c in matching if wanted is None or c.seed in wanted}
-        if not matching:
-            raise ConfigurationError(
-                f"no cell {pattern!r}{'' if seeds is None else f' with seeds {seeds}'}: expected a "
-                f"task ({', '.join(TASKS)}) or a pattern over the names that --list shows"
-            )
-        chosen |= matching
-    return [cell for cell in cells if cell in chosen]
+def wanted(patterns: str, seeds: str | None) -> list[Cell]:
+    """The cells that the options name; a task's name stands for all of its cells."""
+    names = [f"{name}.*" if name in TASKS else name for name in patterns.split(",")]
+    numbers = None if seeds is None else {int(seed) for seed in seeds.split(",")}
+    cells = [cell for cell in grid() if numbers is None or cell.seed in numbers]
+    return choose(cells, lambda cell: cell.name, ",".join(names))
 
 
 def short_demo(plan: Plan) -> Plan:
@@ -102,7 +74,7 @@ def report(results: Grid, options: argparse.Namespace) -> None:
         print(markdown(comparisons))
     if options.json:
         numbers = figures(comparisons)
-        print(json.dumps({"machine": machine(), "figures": numbers, "checks": held}))
+        print(json.dumps({"machine": machine(*PACKAGES), "figures": numbers, "checks": held}))
 
 
 def main() -> None:
@@ -118,18 +90,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short demo that is not kept")
     options = parser.parse_args()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
-    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    print(", ".join(f"{name} {value}" for name, value in machine(*PACKAGES).items()), flush=True)
     try:
         with tempfile.TemporaryDirectory(prefix="fedward-") as scratch:
             folder: Path = Path(scratch) if options.quick else options.out
             folder.mkdir(parents=True, exist_ok=True)
             shorten = short_demo if options.quick else lambda plan: plan
             results = Grid(folder, options.data, shorten)
-            cells = choose(
-                "demo" if options.quick else options.cells,
-                "0" if options.quick else options.seeds,
-                grid(),
-            )
+            quick = ("demo", "0")
+            cells = wanted(*(quick if options.quick else (options.cells, options.seeds)))
             if options.list:
                 for cell in cells:
                     print(f"{'done' if results.result(cell) else 'open'} {cell.name}")

@@ -29,14 +29,12 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +43,7 @@ import numpy.typing as npt
 from masking.flower_secaggplus import mask, remove_mask, serialise
 from masking.mask_once import high_water
 from masking.plot import plot
+from reporting import machine
 
 from fedward.aggregation.fixed_point import Grid, encode
 from fedward.aggregation.masks import Words, apply_masks, fastest_mode, keystream
@@ -64,19 +63,11 @@ Vector = npt.NDArray[np.float32]
 Report = dict[str, Any]
 
 
-def machine() -> dict[str, str]:
+def setting() -> dict[str, str]:
     """Where the figures come from."""
-    facts = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.split(":")[1].strip() for line in facts.splitlines() if "model name" in line]
-    packages = ("fedward", "cryptography", "numpy", "flwr")
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "vaes": str("vaes" in facts),
-        "aes mode": fastest_mode(),
-        "cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+    vaes = sys.platform == "linux" and "vaes" in Path("/proc/cpuinfo").read_text()
+    aes = {"vaes": str(vaes), "aes mode": fastest_mode()}
+    return machine("cryptography", "numpy", "flwr") | aes
 
 
 def update_of(dimension: int) -> Vector:
@@ -267,10 +258,10 @@ def exchanges(
 
 def work_through(options: argparse.Namespace) -> Report:
     """Run every part that is not in the file of finished ones."""
-    done: Report = {"machine": machine()}
+    done: Report = {"machine": setting()}
     if not options.quick and options.out.exists():
         done = json.loads(options.out.read_text())
-        if done["machine"] != machine():
+        if done["machine"] != setting():
             sys.exit(f"{options.out} is of another machine or version: give another --out")
 
     def part(name: str, work: Callable[..., Any], *arguments: object) -> None:
@@ -360,13 +351,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/secure-aggregation.json"))
     parser.add_argument("--plot", type=Path, help="draw the figure of the docs, SVG or PNG")
     options = parser.parse_args()
-    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    print(", ".join(f"{name} {value}" for name, value in setting().items()), flush=True)
     done = work_through(options)
     show(done)
     if options.plot:
         plot(done, options.plot)
     if options.json:
-        print(json.dumps({"machine": machine(), **figures(done)}))
+        print(json.dumps({"machine": setting(), **figures(done)}))
 
 
 if __name__ == "__main__":
