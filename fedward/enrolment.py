@@ -1,4 +1,4 @@
-"""What site and coordinator say to each other before a site is a member: token and requests.
+"""What site and coordinator say to each other about membership: token and requests.
 
 The token reaches the site by a way that both trust (mail to a known address, a courier). It carries
 the CA that the site's TLS pins and the coordinator's key, so that nobody in between can pose as the
@@ -22,13 +22,14 @@ from fedward.identity import Identity, verify
 
 ENROL_PATH = "/v1/enrolment/enrol"
 ROSTER_PATH = "/v1/enrolment/roster"
-"""Where the coordinator's public port takes the two requests (POST, JSON)."""
+LEAVE_PATH = "/v1/enrolment/leave"
+"""Where the coordinator's public port takes the three requests (POST, JSON)."""
 
 CLOCK_SECONDS = 300
 """How far the clocks of a site and the coordinator may be apart."""
 
 _ENROL = "fedward/1/enrol"
-_ROSTER = "fedward/1/roster-request"
+_MEMBER = "fedward/1/member-request"
 _CHECK_BYTES = 4
 
 
@@ -155,13 +156,13 @@ class EnrolRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RosterRequest:
-    """A member asks for the current roster.
+class MemberRequest:
+    """A member asks for what its key alone entitles it to: the current roster, or to leave.
 
     Args:
         public_key: Its Ed25519 key, hex.
         time: Unix seconds by its clock.
-        signature: Over the time, hex.
+        signature: Over path, coordinator and time, hex.
     """
 
     public_key: str
@@ -169,25 +170,32 @@ class RosterRequest:
     signature: str = ""
 
     @classmethod
-    def signed(cls, identity: Identity, now: int) -> bytes:
-        """The request as it is posted."""
-        signature = identity.sign(_ROSTER, str(now).encode())
+    def signed(cls, identity: Identity, now: int, *, path: str, coordinator: bytes) -> bytes:
+        """The request as it is posted.
+
+        Args:
+            identity: The member's.
+            now: Unix seconds.
+            path: Where it is posted, which is what it asks for.
+            coordinator: The coordinator's Ed25519 key, 32 bytes: no other can use the request.
+        """
+        signature = identity.sign(_MEMBER, path.encode(), coordinator, str(now).encode())
         request = cls(public_key=identity.public_key.hex(), time=now, signature=signature.hex())
         return canonical_json(dataclasses.asdict(request))
 
     @classmethod
-    def open(cls, data: bytes, now: int) -> bytes:
+    def open(cls, data: bytes, now: int, *, path: str, coordinator: bytes) -> bytes:
         """Check a request; returns the public key that signed it.
 
         Raises:
-            IdentityError: Malformed, not signed by its key, or of another time.
+            IdentityError: Malformed, not signed by its key for this, or of another time.
         """
         try:
             request = typed_toml.parse_json(cls, data)
             key, signature = bytes.fromhex(request.public_key), bytes.fromhex(request.signature)
         except (ConfigurationError, ValueError) as error:
             raise IdentityError("the request is malformed") from error
-        verify(key, _ROSTER, signature, str(request.time).encode())
+        verify(key, _MEMBER, signature, path.encode(), coordinator, str(request.time).encode())
         if abs(request.time - now) > CLOCK_SECONDS:
             raise IdentityError(
                 f"the request is of another time; clocks differ by more than {CLOCK_SECONDS} s"

@@ -91,6 +91,8 @@ class Consent:
         return approval
 
 
+            if self._folder.paused.exists():
+                reasons.append("this site is paused: fedward site resume")
 def _standing(plan: Plan, policy: Policy, now: datetime | None) -> list[str]:
     """The reasons against a plan that do not pass with the hour."""
     return list(dataclasses.replace(policy, hours=()).reasons(plan, now))

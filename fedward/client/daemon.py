@@ -5,7 +5,6 @@ built anew from its folder, as after a restart. The trainer, and the model in it
 """
 
 import contextlib
-import fcntl
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -55,7 +54,7 @@ def run_site(
         IdentityError: The roster does not name this site.
         LedgerError: Ledger, memory or journal are broken.
     """
-    with _alone(folder):
+    with folder.alone():
         verify_journal(folder, folder.identity().public_key)  # one that went back stops the site
         while not stop.is_set():
             changed = threading.Event()
@@ -71,17 +70,6 @@ def run_site(
                     changed.set()
                     watch.join()
                 journal.record("stopped" if stop.is_set() else "policy or roster changed")
-
-
-@contextlib.contextmanager
-def _alone(folder: SiteFolder) -> Iterator[None]:
-    """Hold the folder: two agents with one key would disturb each other's sessions."""
-    with (folder.root / "run.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigurationError(f"{folder.root}: another process runs this site") from error
-        yield
 
 
 @contextlib.contextmanager
@@ -121,7 +109,7 @@ def _office(folder: SiteFolder) -> Office:
         address=address.removeprefix("https://"),
         ca=folder.ca,
         key=folder.fleet_key,
-        note=folder.root / "node.json",
+        note=folder.node,
     )
 
 

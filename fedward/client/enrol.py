@@ -1,4 +1,4 @@
-"""How a site becomes a member, and how it comes by a newer roster."""
+"""How a site becomes a member, comes by a newer roster, and leaves."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,14 @@ from typing import Literal
 import httpx
 
 from fedward.client.site_folder import SiteFolder
-from fedward.enrolment import ENROL_PATH, ROSTER_PATH, EnrolRequest, RosterRequest, Token
+from fedward.enrolment import (
+    ENROL_PATH,
+    LEAVE_PATH,
+    ROSTER_PATH,
+    EnrolRequest,
+    MemberRequest,
+    Token,
+)
 from fedward.errors import ConfigurationError, IdentityError, Unreachable
 from fedward.identity import Member, Roster, open_roster
 from fedward.private_files import write_private
@@ -114,10 +121,8 @@ def fetch_roster(folder: SiteFolder) -> bytes:
         Unreachable: No connection, or the server is not the coordinator's.
         IdentityError: The coordinator does not know this site, or the clocks differ.
     """
-    config = folder.config()
     pinned_roster(folder)
-    body = RosterRequest.signed(folder.identity(), int(time.time()))
-    return _post(f"{config.address}{ROSTER_PATH}", body, folder.ca.read_text())
+    return _ask(folder, ROSTER_PATH)
 
 
 def offer_roster(folder: SiteFolder, sealed: bytes, *, automatic: bool) -> RosterNews:
@@ -168,6 +173,46 @@ def approve_roster(folder: SiteFolder) -> Roster:
         raise ConfigurationError("no newer roster waits; fetch it with fedward site roster --fetch")
     _adopt(folder, folder.pending_roster.read_bytes())
     return waiting
+
+
+def leave(folder: SiteFolder, *, tell: bool = True) -> None:
+    """Tell the coordinator that this site leaves, and forget the membership.
+
+    Roster, approvals and the coordinator's address and keys go. The site's keys, ledger and journal
+    stay, because what its patients have lost counts wherever it takes part next; so do policy, data
+    and models. After a crash or a lost answer the same again ends it.
+
+    Args:
+        folder: The site's; its daemon is stopped.
+        tell: Whether to tell the coordinator; one that is gone for good cannot be told.
+
+    Raises:
+        ConfigurationError: Not enrolled, or the daemon runs.
+        Unreachable: The coordinator could not be told; nothing has changed.
+        IdentityError: The coordinator does not know this site; nothing has changed.
+    """
+    config = folder.config()
+    if config.coordinator is None:
+        raise ConfigurationError(f"{folder.root}: not enrolled, so there is nothing to leave")
+    with folder.alone():
+        if tell and folder.ca.exists():
+            _ask(folder, LEAVE_PATH)
+        approvals = folder.approvals.iterdir()
+        for path in (*approvals, folder.pending_roster, folder.roster, folder.node, folder.ca):
+            path.unlink(missing_ok=True)
+        folder.write_config(dataclasses.replace(config, address=None, coordinator=None))
+
+
+def _ask(folder: SiteFolder, path: str) -> bytes:
+    """Ask the coordinator for what this site's key alone entitles it to."""
+    config = folder.config()
+    body = MemberRequest.signed(
+        folder.identity(),
+        int(time.time()),
+        path=path,
+        coordinator=bytes.fromhex(config.coordinator or ""),
+    )
+    return _post(f"{config.address}{path}", body, folder.ca.read_text())
 
 
 def _adopt(folder: SiteFolder, sealed: bytes) -> None:

@@ -1,4 +1,4 @@
-"""``fedward site train-service``, ``doctor``, ``status`` and ``dry-run``: for those who run it."""
+"""``fedward site train-service | doctor | status | dry-run | pause | resume | leave``."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedward.client.audit_cli import DEFAULT_SITE, JsonOption, SiteOption
+from fedward.client.audit_cli import DEFAULT_SITE, JsonOption, SiteOption, who
 from fedward.client.sandbox import confine
 from fedward.client.site_folder import SiteFolder
 
@@ -75,7 +75,8 @@ def status(site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False) -> 
     else:
         age = "" if found.silent_seconds is None else f", heard {found.silent_seconds:.0f} s ago"
         connected = "connected" if found.connected else "not connected"
-        typer.echo(f"{found.site}: {found.state}{age}; {connected}")
+        paused = "; paused" if found.paused else ""
+        typer.echo(f"{found.site}: {found.state}{age}; {connected}{paused}")
         if found.training:
             typer.echo(f"training: step {found.step}")
         cap = "no policy" if found.max_epsilon is None else f"of {found.max_epsilon:g}"
@@ -122,3 +123,57 @@ def dry_run(
         *(f"refused       {reason}" for reason in ran.refused),
     ):
         typer.echo(line)
+
+
+@operations_app.command()
+def pause(site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False) -> None:
+    """Take no new round until resumed; one in hand is finished. Again, it changes nothing.
+
+    The site stays connected and a member; the coordinator is told refused-policy and no reason.
+    """
+    _set_paused(SiteFolder.load(site), True, json_output)
+
+
+@operations_app.command()
+def resume(site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False) -> None:
+    """Take rounds again after a pause. Again, it changes nothing."""
+    _set_paused(SiteFolder.load(site), False, json_output)
+
+
+def _set_paused(folder: SiteFolder, paused: bool, json_output: bool) -> None:
+    from fedward.client.journal import journal_command
+    from fedward.private_files import write_private
+
+    if folder.paused.exists() != paused:
+        journal_command(folder, "paused" if paused else "resumed", {"who": who()})
+        if paused:
+            write_private(folder.paused, b"")
+        else:
+            folder.paused.unlink()
+    said = "takes no new round" if paused else "takes rounds"
+    typer.echo(json.dumps({"paused": paused}) if json_output else f"{folder.root}: {said}")
+
+
+@operations_app.command()
+def leave(
+    site: SiteOption = DEFAULT_SITE,
+    untold: Annotated[
+        bool, typer.Option("--untold", help="Do not tell the coordinator: it is gone for good.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Leave the federation: tell the coordinator, and forget its roster, keys and approvals.
+
+    Stop the daemon first. Keys, ledger, journal, policy, data and models stay: privacy that was
+    spent stays spent, also if the site takes part elsewhere or comes back with a new token.
+    """
+    from fedward.client.enrol import leave as leave_federation
+    from fedward.client.journal import journal_command
+
+    folder = SiteFolder.load(site)
+    address = folder.config().address
+    journal_command(folder, "leaves", {"who": who(), "address": address, "told": not untold})
+    leave_federation(folder, tell=not untold)
+    journal_command(folder, "left", {"address": address})
+    facts = {"left": address, "told": not untold}
+    typer.echo(json.dumps(facts) if json_output else f"{folder.root}: has left {address}")

@@ -1,6 +1,9 @@
 """The folder of one site: where its keys, policy, ledger and everything else of it lie."""
 
+import contextlib
+import fcntl
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +156,16 @@ class SiteFolder:
         return self.root / "models"
 
     @property
+    def paused(self) -> Path:
+        """While this file is there, the site takes no new round."""
+        return self.root / "paused"
+
+    @property
+    def node(self) -> Path:
+        """What Flower called this site's process, to say good-bye to after a kill."""
+        return self.root / "node.json"
+
+    @property
     def cache(self) -> Path:
         """Temporary files of the trainer."""
         return self.root / "cache"
@@ -212,6 +225,20 @@ class SiteFolder:
             )
         check_private(root)
         return folder
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder: two agents with one key would disturb each other's sessions.
+
+        Raises:
+            ConfigurationError: Another process holds it.
+        """
+        with (self.root / "run.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigurationError(f"{self.root}: another process runs this site") from error
+            yield
 
     def config(self) -> SiteConfig:
         """Read the configuration.

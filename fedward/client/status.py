@@ -38,6 +38,7 @@ class Status:
         state: ``running``; ``silent`` (a process that said nothing for too long, or was killed);
             or ``stopped``.
         connected: Whether it is running and the coordinator answers.
+        paused: Whether it takes no new rounds.
         training: Whether the trainer gave a sign of life just now.
         step: The step it is at; 0 outside of training.
         silent_seconds: Age of the last sign of life; None where there is none.
@@ -49,6 +50,7 @@ class Status:
     site: str
     state: str
     connected: bool
+    paused: bool
     training: bool
     step: int
     silent_seconds: float | None
@@ -122,6 +124,7 @@ def site_status(folder: SiteFolder, now: float | None = None) -> Status:
         site=folder.config().name,
         state="stopped" if age is None else "running" if running else "silent",
         connected=life is not None and running and life.connected,
+        paused=folder.paused.exists(),
         training=training,
         step=life.step if life is not None and training else 0,
         silent_seconds=age,
@@ -134,14 +137,15 @@ def site_status(folder: SiteFolder, now: float | None = None) -> Status:
 def prometheus(status: Status) -> str:
     """A status in Prometheus' text format; it has no labels, so that none can name a patient.
 
-    >>> status = Status(site="x", state="running", connected=True, training=False, step=0,
-    ...     silent_seconds=1.0, epsilon_spent=0.5, max_epsilon=None, rounds_sent=2)
+    >>> status = Status(site="x", state="running", connected=True, paused=False, training=False,
+    ...     step=0, silent_seconds=1.0, epsilon_spent=0.5, max_epsilon=None, rounds_sent=2)
     >>> print(prometheus(status).splitlines()[2])
     fedward_site_running 1
     """
     rows = (
         ("running", "gauge", "1 while the agent gives signs of life.", status.state == "running"),
         ("connected", "gauge", "1 while the coordinator answers.", status.connected),
+        ("paused", "gauge", "1 while no new round is taken.", status.paused),
         ("training", "gauge", "1 while the trainer is at a step.", status.training),
         ("step", "gauge", "The trainer's step.", status.step),
         ("epsilon_spent", "gauge", "Privacy spent over all runs.", status.epsilon_spent),

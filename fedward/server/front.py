@@ -2,10 +2,13 @@
 
 Flower serves its control and runtime APIs on the same application as the one for sites, reads whole
 bodies before it authenticates, and sets no limit to them. This wrapper stands before it: a closed
-list of paths, a body limit, a rate limit for each address. Everything else gets a bare status.
+list of paths, a body limit, a rate limit for each address. Everything else gets a bare status and a
+line in the log.
 """
 
 import asyncio
+import logging
+import math
 import ssl
 import time
 from collections.abc import Callable
@@ -17,6 +20,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fedward.enrolment import ENROL_PATH, LEAVE_PATH, ROSTER_PATH
 from fedward.server.enrolment import AsgiApp, Receive, Scope, Send
+
+_LOG = logging.getLogger(__name__)
 
 FLEET_PATHS = frozenset(
     f"/v1/fleet/{call}"
@@ -39,6 +44,7 @@ MAX_BODY = 8 << 20
 _RATE, _BURST = 200.0, 1000.0
 _MOST_ADDRESSES = 10_000
 _CONNECTIONS = 200
+_LOG_SECONDS = 1.0
 
 
 class Front:
@@ -62,6 +68,7 @@ class Front:
     ) -> None:
         self._flower, self._enrolment, self._clock = flower, enrolment, clock
         self._tokens: dict[str, tuple[float, float]] = {}
+        self._logged, self._unlogged = -math.inf, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI connection."""
@@ -72,6 +79,7 @@ class Front:
             return
         target, status = self._admit(scope)
         if target is None:
+            self._log(scope, status)
             await send({"type": "http.response.start", "status": status, "headers": []})
             await send({"type": "http.response.body", "body": b""})
             return
@@ -98,6 +106,19 @@ class Front:
         if len(lengths[0]) > len(str(MAX_BODY)) or int(lengths[0]) > MAX_BODY:
             return None, 413
         return target, 200
+
+    def _log(self, scope: Scope, status: int) -> None:
+        """Say who was refused what, once a second at most: a flood must not fill the disk."""
+        now = self._clock()
+        if now - self._logged < _LOG_SECONDS:
+            self._unlogged += 1
+            return
+        address = (scope.get("client") or ("",))[0]
+        asked = f"{scope['method']} {scope['path']}"[:100]
+        _LOG.warning("refused with %d: %r of %s", status, asked, address)
+        if self._unlogged:
+            _LOG.warning("%d refused requests before it were not logged", self._unlogged)
+        self._logged, self._unlogged = now, 0
 
     def _within_rate(self, scope: Scope) -> bool:
         """Token bucket of the client's address: 200 requests a second, 1000 at once."""

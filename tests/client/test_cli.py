@@ -264,3 +264,38 @@ def test_the_example_of_a_policy_is_one_and_its_comments_are_keys():
     )
     commented = commented.replace('"64 hex digits"', f'"{"0a" * 32}"')
     parse(Policy, {**tomllib.loads(text), **tomllib.loads(commented)})
+def test_a_site_pauses_and_goes_on_and_its_journal_says_so_once(member):
+    for _ in range(2):
+        assert member.json("site pause SITE") == {"paused": True}
+    status = CliRunner().invoke(app, ["site", "status", "--site", str(member.root / "site")])
+    assert "paused" in status.output
+    for _ in range(2):
+        assert "takes rounds" in member("site resume SITE")
+    said = [json.loads(line) for line in member("site journal show --json SITE").splitlines()]
+    assert [entry["what"] for entry in said][-2:] == ["paused", "resumed"]
+
+
+def test_a_site_leaves_and_joins_another_federation_with_the_same_books(member):
+    folder = SiteFolder.load(member.root / "site")
+    key = folder.identity().public_key
+    coordinator = CoordinatorFolder.load(member.root / "coordinator")
+    with pytest.raises(FedwardError, match="cannot be reached"):
+        member("site leave SITE")
+    with serving(enrolment_app(coordinator), coordinator):
+        assert member.json("site leave SITE")["told"]
+    assert "left" in member("coordinator roster COORDINATOR")
+    with pytest.raises(ConfigurationError, match="not enrolled"):
+        member("site roster SITE")
+    member(f"coordinator init --host 127.0.0.1 --port {free_port()} ROOT/second")
+    token = member("coordinator invite st-mary --coordinator ROOT/second")
+    second = CoordinatorFolder.load(member.root / "second")
+    with serving(enrolment_app(second), second):
+        member("site enrol - SITE", token)
+    assert pinned_roster(folder).members[0].public_key == key
+    member("site leave --untold SITE")
+    said = [json.loads(line) for line in member("site journal show --json SITE").splitlines()]
+    assert [entry["what"] for entry in said] == [
+        "enrols", "enrolled", "leaves", "leaves", "left", "enrols", "enrolled", "leaves", "left"
+    ]  # fmt: skip
+
+

@@ -324,6 +324,20 @@ def test_nobody_can_answer_for_a_site(field):
 
 # The journal itself.
 
+# A site that takes a rest.
+
+
+def test_a_paused_site_ends_the_round_in_hand_and_takes_no_other(field):
+    for site in range(SITES):
+        field.task(FIRST, site)
+    field.site(0).paused.touch()
+    field.commit(field.session(FIRST)[0].result())
+    field.refused(field.task(SECOND, 0), SiteCode.REFUSED_POLICY, "paused: fedward site resume")
+    assert field.ledger(0).spent(RUN) == 1
+    field.site(0).paused.unlink()
+    field.round(2)
+
+
 
 def test_a_journal_that_cannot_be_written_stops_the_site(field):
     field.files[0][2].close()

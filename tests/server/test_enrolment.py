@@ -15,7 +15,14 @@ import pytest
 from fedward.canonical import canonical_json
 from fedward.client import enrol as site
 from fedward.client.site_folder import SiteConfig, SiteFolder
-from fedward.enrolment import ENROL_PATH, ROSTER_PATH, EnrolRequest, RosterRequest, Token
+from fedward.enrolment import (
+    ENROL_PATH,
+    LEAVE_PATH,
+    ROSTER_PATH,
+    EnrolRequest,
+    MemberRequest,
+    Token,
+)
 from fedward.errors import ConfigurationError, IdentityError, Unreachable
 from fedward.identity import Identity, Member, Roster, fingerprint, open_roster, seal_roster
 from fedward.server.certificates import issue
@@ -230,7 +237,7 @@ def test_both_keys_sign_the_whole_request(fed, key):
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"\xff", b'{"site":1}', b"[" * 9000])
 def test_what_is_no_request_gets_a_status_and_no_word(fed, body):
-    for path in (ENROL_PATH, ROSTER_PATH):
+    for path in (ENROL_PATH, ROSTER_PATH, LEAVE_PATH):
         answer = post(fed, path, body)
         assert (answer.status_code, answer.content) == (403, b"")
 
@@ -246,13 +253,22 @@ def test_the_roster_is_for_members_at_this_time(fed):
     folder = fed.site()
     site.enrol(folder, fed.token().encode())
     now = int(fed.now)
-    asked = RosterRequest.signed(folder.identity(), now)
-    assert post(fed, ROSTER_PATH, asked).status_code == 200
-    late = RosterRequest.signed(folder.identity(), now - 301)
-    stranger = RosterRequest.signed(Identity(), now)
+    key = folder.identity()
+
+    def asked(
+        who: Identity = key, when: int = now, path: str = ROSTER_PATH, whom: Identity | None = None
+    ) -> bytes:
+        coordinator = (whom or fed.folder.identity()).public_key
+        return MemberRequest.signed(who, when, path=path, coordinator=coordinator)
+
+    assert post(fed, ROSTER_PATH, asked()).status_code == 200
+    late = asked(when=now - 301)
     moved = canonical_json({**json.loads(late), "time": now})
-    for body in (late, stranger, moved):
+    elsewhere = asked(whom=Identity())
+    for body in (late, asked(Identity()), moved, elsewhere, asked(path=LEAVE_PATH)):
         assert post(fed, ROSTER_PATH, body).status_code == 403
+    assert post(fed, LEAVE_PATH, asked()).status_code == 403, "a request for the roster lets out"
+    assert len(fed.roster().members) == 1
 
 
 def test_a_newer_roster_waits_for_approval_unless_the_policy_takes_it(fed):
@@ -325,6 +341,86 @@ def test_a_revoked_site_is_out_and_its_id_and_keys_never_come_back(fed):
         site.enrol(a, fed.token("a").encode())
     site.enrol(again, fed.token("a").encode())
     assert [(m.id, m.name) for m in fed.roster().members] == [(1, "b"), (2, "a")]
+
+
+def test_a_site_that_leaves_is_out_and_forgets_the_membership_but_not_what_was_spent(fed):
+    a, b = fed.site("a"), fed.site("b")
+    site.enrol(a, fed.token("a").encode())
+    site.enrol(b, fed.token("b").encode())
+    (a.approvals / "x.signed").write_bytes(b"")
+    kept = [a.key, a.fleet_key, a.ledger, a.journal, a.memory, a.policy]
+    for path in kept[2:]:
+        path.write_bytes(b"kept")
+    with a.alone(), pytest.raises(ConfigurationError, match="another process runs this site"):
+        site.leave(a)
+    site.leave(a)
+    assert [(m.id, m.name) for m in fed.roster().members] == [(1, "b")]
+    assert fed.changes == 3
+    assert all(path.exists() for path in kept)
+    gone = [a.ca, a.roster, a.pending_roster, a.node]
+    assert not any(path.exists() for path in gone)
+    assert not list(a.approvals.iterdir())
+    assert a.config() == SiteConfig(name="a")
+    with pytest.raises(ConfigurationError, match="nothing to leave"):
+        site.leave(a)
+
+
+def test_a_site_that_left_comes_back_as_what_it_was_and_one_that_was_revoked_does_not(fed):
+    a, b = fed.site("a"), fed.site("b")
+    first = fed.token("a").encode()
+    site.enrol(a, first)
+    site.enrol(b, fed.token("b").encode())
+    site.leave(a)
+    with pytest.raises(IdentityError, match="refused"):
+        site.enrol(a, first)
+    roster = site.enrol(a, fed.token("a").encode())
+    assert [(m.id, m.name) for m in roster.members] == [(0, "a"), (1, "b")]
+    assert roster.epoch == 4
+    site.offer_roster(b, site.fetch_roster(b), automatic=True)
+    assert site.pinned_roster(b) == roster
+    assert [(m.revoked, m.left) for m in fed.members()] == [(False, False)] * 2
+    fed.revoke("a")
+    with pytest.raises(IdentityError, match="refused"):
+        site.enrol(a, fed.token("a").encode())
+    assert [(m.revoked, m.left) for m in fed.members()] == [(True, False), (False, False)]
+
+
+def test_another_key_does_not_take_the_place_of_a_site_that_left(fed):
+    a = fed.site("a")
+    site.enrol(a, fed.token("a").encode())
+    site.leave(a)
+    other = SiteFolder.create(fed.root / "other", SiteConfig(name="a"))
+    site.enrol(other, fed.token("a").encode())
+    assert [(m.id, m.name) for m in fed.roster().members] == [(1, "a")]
+
+
+def test_a_coordinator_that_cannot_be_told_is_left_only_on_request(fed):
+    a = fed.site("a")
+    site.enrol(a, fed.token("a").encode())
+    a.write_config(dataclasses.replace(a.config(), address=f"https://127.0.0.1:{free_port()}"))
+    with pytest.raises(Unreachable):
+        site.leave(a)
+    assert a.roster.exists()
+    site.leave(a, tell=False)
+    assert a.config() == SiteConfig(name="a")
+    assert len(fed.roster().members) == 1
+
+
+def test_leaving_is_ended_after_a_crash(fed, monkeypatch):
+    a = fed.site("a")
+    site.enrol(a, fed.token("a").encode())
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiteFolder, "write_config", crash)
+        with pytest.raises(KeyboardInterrupt):
+            site.leave(a)
+    assert a.config().coordinator is not None, "control: it was not done"
+    site.leave(a)
+    assert a.config() == SiteConfig(name="a")
+    assert fed.roster().epoch == 2
 
 
 def test_a_member_is_not_invited_and_an_invitation_must_hold_for_some_time(fed):

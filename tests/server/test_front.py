@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from fedward.enrolment import ENROL_PATH, ROSTER_PATH
+from fedward.enrolment import ENROL_PATH, LEAVE_PATH, ROSTER_PATH
 from fedward.server.enrolment import AsgiApp, Receive, Scope, Send
 from fedward.server.front import FLEET_PATHS, MAX_BODY, Front, ImpatientProtocol
 
@@ -62,7 +62,7 @@ def test_what_a_site_needs_goes_through(front, path):
     assert ask(front, path, method="GET") == (404, b"")
 
 
-@pytest.mark.parametrize("path", [ENROL_PATH, ROSTER_PATH])
+@pytest.mark.parametrize("path", [ENROL_PATH, ROSTER_PATH, LEAVE_PATH])
 def test_enrolment_goes_through(front, path):
     assert ask(front, path) == (200, b"enrolment")
     assert ask(front, path, method="GET") == (404, b"")
@@ -87,6 +87,23 @@ def test_enrolment_goes_through(front, path):
 )
 def test_nothing_else_does(front, path):
     assert ask(front, path) == (404, b"")
+
+
+def test_who_tries_something_else_is_in_the_log_and_a_flood_does_not_fill_it(caplog):
+    now = [0.0]
+    front = Front(echo("flower"), echo("enrolment"), clock=lambda: now[0])
+    ask(front, min(FLEET_PATHS))
+    assert caplog.text == ""
+    ask(front, "/v1/control/list-nodes", address="192.0.2.7")
+    assert "refused with 404: 'POST /v1/control/list-nodes' of 192.0.2.7" in caplog.text
+    for _ in range(100):
+        ask(front, "/v1/control/start-run\n" + "x" * 9999)
+    assert len(caplog.records) == 1
+    now[0] = 1.0
+    ask(front, "/v1/control/start-run\n" + "x" * 9999)
+    assert len(caplog.records) == 3
+    assert "100 refused requests before it were not logged" in caplog.text
+    assert max(map(len, caplog.text.splitlines())) < 250, "one line each, and bounded"
 
 
 def test_a_body_has_an_announced_and_bounded_length(front):
