@@ -8,7 +8,7 @@ import difflib
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from peft import (
     AdaLoraConfig,
@@ -25,7 +25,7 @@ from peft import (
     VeraConfig,
 )
 
-from fedward.errors import ConfigurationError, InvalidValue
+from fedward.errors import ConfigurationError
 from fedward.tuning.bottleneck import HOULSBY, PFEIFFER, put_behind
 
 LORAPLUS = "loraplus_lr_ratio"
@@ -58,10 +58,12 @@ _CLOSED = (
     "prompt_tuning_init_text",
     "tokenizer_kwargs",
     "tokenizer_name_or_path",
+    "total_step",
     "use_bdlora",
     "velora_config",
 )
-"""Fields of PEFT that TOML cannot say, that name a module to import, or that read other files."""
+"""Fields of PEFT that TOML cannot say, that name a module to import, that read other files, or that
+follow from the number of steps."""
 
 _ALL: Mapping[str, Any] = {"target_modules": "all-linear"}
 
@@ -215,27 +217,20 @@ BOTTLENECKS = ("houlsby", "pfeiffer")
 """Methods that are not PEFT's own; see :mod:`fedward.tuning.bottleneck`."""
 
 
-def check_method(
-    method: str, arguments: Mapping[str, Any], quantize: Literal["none", "nf4", "int8"]
-) -> None:
-    """Refuse a tuner that there is not, a key that it does not have, or a base that it cannot use.
+def check_method(method: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse a tuner that there is not, or a key that it does not have.
 
     Raises:
         ConfigurationError: With the nearest name, or all.
-        InvalidValue: The base is held in another way than the method needs.
     """
     if method not in METHODS:
         raise ConfigurationError(f"[tuner] {unknown('method', method, METHODS)}")
     found = METHODS[method]
     for key in arguments:
         if key in found.fixed or key in FOLLOWS:
-            raise ConfigurationError(f"[tuner] {key!r} follows from {method!r}: leave it out")
+            raise ConfigurationError(f"[tuner] {key!r} follows from the rest: leave it out")
         if key not in found.known:
             raise ConfigurationError(f"[tuner] {unknown('key', key, found.known)}")
-    if method == "qlora" and quantize != "nf4":
-        raise InvalidValue("[model] quantize", quantize, "'nf4' with the tuner 'qlora'")
-    if found.config is None and quantize != "none":
-        raise InvalidValue("[model] quantize", quantize, "'none': 4-bit weights cannot be trained")
 
 
 def unknown(what: str, name: str, known: Collection[str]) -> str:
@@ -271,7 +266,9 @@ def peft_config(
     if "target_parameters" in arguments and "target_modules" not in arguments:
         given.pop("target_modules")
     if method == "adalora":
-        given.setdefault("total_step", steps)
+        if steps is None:
+            raise ConfigurationError("[train] max_steps is missing: adalora plans its ranks by it")
+        given["total_step"] = steps
     if method in BOTTLENECKS and "r" in given:
         given.setdefault("lora_alpha", given["r"])  # PEFT divides by r; an adapter is not scaled
     try:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -27,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -37,6 +38,12 @@ from transformers import (
 from fedward.canonical import digest
 from fedward.errors import InvalidValue, ModelError
 from fedward.plan import Model, Task
+
+_Auto: TypeAlias = (
+    type[AutoModelForCausalLM]
+    | type[AutoModelForSequenceClassification]
+    | type[AutoModelForTokenClassification]
+)
 
 HEADS = ("score", "classifier")
 """Modules on top of a sequence classifier that a plan's labels need anew."""
@@ -156,20 +163,35 @@ def load_base(
     found = fingerprint(folder)
     if model.sha256 not in (None, found):
         raise ModelError(f"{folder}: sha256 is {found}, but the plan names {model.sha256}")
-    with _quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, **_LOCAL)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
-        except _LOADING as error:
-            raise ModelError(f"{folder}: cannot be loaded: {error}") from error
-        _check(folder, config, tokenizer, task)
+    with quiet():
+        config, tokenizer = open_config(folder)
+        _check(folder, config, task)
         return _load(folder, config, tokenizer, model, task, device), tokenizer
 
 
-def _check(
-    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, task: Task
-) -> None:
-    """Refuse what would fail late or go wrong silently; give the tokenizer a padding token."""
+def open_config(folder: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """A model's configuration and its tokenizer, with a padding token.
+
+    Raises:
+        ModelError: A missing or broken file, a slow tokenizer, no padding token.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    except _LOADING as error:
+        raise ModelError(f"{folder}: cannot be loaded: {error}") from error
+    size = config.get_text_config().to_dict().get("vocab_size", len(tokenizer))
+    if not tokenizer.is_fast or len(tokenizer) > size:
+        raise ModelError(f"{folder}: expected a fast tokenizer with no more tokens than the model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no padding, end or unknown token")
+    return config, tokenizer
+
+
+def _check(folder: Path, config: PreTrainedConfig, task: Task) -> None:
+    """Refuse what would fail late or go wrong silently."""
     facts = config.get_text_config().to_dict()
     if task.objective == "classify" and not task.labels:
         raise InvalidValue("labels", [], "the classes of 'classify', in order")
@@ -185,12 +207,6 @@ def _check(
         raise ModelError(f"{folder}: a mixture of experts cannot be trained privately")
     if task.objective == "sft" and facts.get("is_decoder", True) is False:
         raise ModelError(f"{folder}: an encoder sees the tokens that 'sft' learns to predict")
-    if not tokenizer.is_fast or len(tokenizer) > facts.get("vocab_size", len(tokenizer)):
-        raise ModelError(f"{folder}: expected a fast tokenizer with no more tokens than the model")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"{folder}: the tokenizer has no padding, end or unknown token")
 
 
 def _load(
@@ -202,7 +218,7 @@ def _load(
     device: str,
 ) -> PreTrainedModel:
     heads: tuple[str, ...] = ()
-    kind: type[AutoModelForCausalLM | AutoModelForSequenceClassification] = AutoModelForCausalLM
+    kind: _Auto = AutoModelForCausalLM
     if task.objective == "classify":
         kind = AutoModelForSequenceClassification
         if dict(config.id2label or {}) != dict(enumerate(task.labels)):
@@ -213,6 +229,33 @@ def _load(
     config.get_text_config().use_cache = False
     # Dropout masks would come from torch's generator, which keeps 32 bits of its seed.
     config.update({key: 0.0 for key, value in config.to_dict().items() if _is_dropout(key, value)})
+    base = open_weights(kind, folder, config, model, heads, device=device)
+    base.requires_grad_(False)
+    return base
+
+
+def open_weights(
+    kind: _Auto,
+    folder: Path,
+    config: PreTrainedConfig,
+    model: Model,
+    heads: tuple[str, ...],
+    *,
+    device: str,
+) -> PreTrainedModel:
+    """Load a model's weights, quantised as asked; what is not quantised becomes float32.
+
+    Args:
+        kind: transformers' class; beside a language model's, head and pooler may be new.
+        folder: Safetensors; nothing else is read.
+        config: The model's, as it shall be.
+        model: How the base is held.
+        heads: Modules that start anew whatever the folder holds, the same on every machine.
+        device: A torch device. On CUDA the products with 4-bit weights run in bfloat16.
+
+    Raises:
+        ModelError: A missing or broken file, or weights that do not fit.
+    """
     try:
         loaded: Any = kind.from_pretrained(  # a pair, because of output_loading_info
             folder,
@@ -230,11 +273,11 @@ def _load(
     base: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    wrong = sorted(name for name in new if not _may_be_new(name, task))
+    headless = kind is AutoModelForCausalLM
+    wrong = sorted(name for name in new if headless or not _may_be_new(name))
     if wrong:
         raise ModelError(f"{folder}: weights are missing or have another shape: {wrong[0]}, ...")
     _start_anew(base, new, heads)
-    base.requires_grad_(False)
     for module in base.modules():
         if isinstance(module, Linear4bit):
             # Else, on CPUs with AVX512-BF16, the first forward without gradients repacks the layer
@@ -261,9 +304,9 @@ def _is_dropout(key: str, value: object) -> bool:
     return ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float)
 
 
-def _may_be_new(name: str, task: Task) -> bool:
+def _may_be_new(name: str) -> bool:
     parts = name.split(".")
-    return task.objective == "classify" and (parts[0] in HEADS or "pooler" in parts)
+    return parts[0] in HEADS or "pooler" in parts
 
 
 def _start_anew(base: PreTrainedModel, new: set[str], heads: tuple[str, ...]) -> None:
@@ -285,8 +328,8 @@ def public_uniform(shape: torch.Size, *labels: str | bytes) -> torch.Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from printing a table of what :func:`load_base` checks itself."""
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing a table of what :func:`open_weights` checks itself."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # as above
     try:

@@ -1,0 +1,135 @@
+"""Checkpoints from which every tuner goes on bit for bit.
+
+transformers keeps optimizer, schedule, random numbers and place; of an adapter it keeps what PEFT
+exports. That is not all that is trained (p-tuning's network is left out), nor AdaLoRA's memory of
+what mattered, nor PPO's critic. So the rest stands in ``training.safetensors`` beside it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedward.errors import ConfigurationError
+from fedward.tuning.tuners import trainable
+
+_FILE = "training.safetensors"
+_MEMORIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint below a folder, or None.
+
+    ``trainer_state.json`` is written last, so that a checkpoint without it was interrupted.
+    """
+    found = dict[int, Path]()
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            found[int(json.loads(path.read_bytes())["global_step"])] = path.parent
+        except (ValueError, KeyError):
+            continue  # half written
+    return found[max(found)] if found else None
+
+
+def exact(cls: Any) -> Any:  # noqa: ANN401  # a trainer class of TRL, which is Any
+    """A trainer class whose checkpoints hold all that it trains.
+
+    Models that are sharded over processes are left to transformers.
+    """
+
+    class Exact(cls):  # type: ignore[misc]
+        """The class with checkpoints of its own."""
+
+        def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
+            if self.args.should_save and not _sharded(self):
+                place = f"checkpoint-{self.state.global_step}"
+                folder = Path(self._get_output_dir(trial=trial)) / place
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(training_state(self), folder / _FILE)
+            super()._save_checkpoint(model, trial)
+
+        def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+            if not isinstance(self.model, PeftModel) or _sharded(self):
+                super()._load_from_checkpoint(checkpoint, model)
+            if not _sharded(self):
+                restore(self, Path(checkpoint))
+
+        def _load_best_model(self) -> None:
+            if not isinstance(self.model, PeftModel) or _sharded(self):
+                super()._load_best_model()
+            if not _sharded(self):
+                restore(self, Path(self.state.best_model_checkpoint))
+
+    return Exact
+
+
+def training_state(trainer: Any) -> dict[str, Tensor]:  # noqa: ANN401  # TRL's trainer
+    """What a trainer trains beyond what transformers saves, by name."""
+    state = {key: p.detach().cpu().contiguous() for key, p in _parameters(trainer).items()}
+    config, allocator = _adalora(trainer.model)
+    if allocator is not None:
+        for memory in _MEMORIES:
+            held: Mapping[str, Tensor] = vars(allocator)[memory]
+            state |= {f"{memory}:{n}": tensor.cpu().contiguous() for n, tensor in held.items()}
+        ranks: Mapping[str, list[bool]] = config.rank_pattern or {}
+        state |= {f"ranks:{name}": torch.tensor(kept) for name, kept in ranks.items()}
+    return state
+
+
+def restore(trainer: Any, folder: Path) -> None:  # noqa: ANN401  # TRL's trainer
+    """Put back what :func:`training_state` gave.
+
+    Raises:
+        ConfigurationError: The checkpoint is broken or of another model.
+    """
+    try:
+        state = load_file(folder / _FILE)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"{folder}: not a readable checkpoint: remove it") from error
+    parameters = _parameters(trainer)
+    if parameters.keys() - state.keys():
+        raise ConfigurationError(f"{folder}: a checkpoint of another model: remove it")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+    config, allocator = _adalora(trainer.model)
+    if allocator is None:
+        return
+    device = trainer.accelerator.device
+    for memory in _MEMORIES:
+        vars(allocator)[memory] = {
+            name.partition(":")[2]: tensor.to(device)
+            for name, tensor in state.items()
+            if name.startswith(f"{memory}:")
+        }
+    ranks = {n.partition(":")[2]: t.tolist() for n, t in state.items() if n.startswith("ranks:")}
+    config.rank_pattern = ranks or None
+
+
+def _parameters(trainer: Any) -> dict[str, nn.Parameter]:  # noqa: ANN401  # TRL's trainer
+    parts: dict[str, nn.Module | None] = {"critic": vars(trainer).get("critic")}
+    if isinstance(trainer.model, PeftModel):
+        parts["model"] = trainer.model
+    return {
+        f"{key}:{name}": parameter
+        for key, part in parts.items()
+        if part is not None
+        for name, parameter in trainable(part).items()
+    }
+
+
+def _adalora(model: nn.Module) -> tuple[Any, Any]:
+    """AdaLoRA's configuration and rank allocator, or two None."""
+    inner = model.base_model if isinstance(model, PeftModel) else None
+    allocator = None if inner is None else vars(inner).get("rankallocator")
+    return (None, None) if allocator is None else (model.peft_config["default"], allocator)  # type: ignore[union-attr,index]  # PEFT's
+
+
+def _sharded(trainer: Any) -> bool:  # noqa: ANN401  # TRL's trainer
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)

@@ -1,0 +1,87 @@
+"""``fedward train`` and ``fedward predict``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def train(
+    job: Annotated[Path, typer.Argument(help="The job (TOML).")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where models go; left out: out/NAME of the job.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the job in --out where it stopped.")
+    ] = False,
+    json_output: _Json = False,
+) -> None:
+    """Train centrally, on data that the coordinator may use.
+
+    A job names a stage (sft, reward, dpo, kto, orpo, grpo, rloo, ppo, distill), a tuner and the
+    data; with [[steps]] it is a chain, each step starting from what an earlier one made. Interrupt
+    at any time and go on with --resume, to the same weights. Start it by torchrun to use several
+    GPUs.
+    """
+    from transformers.utils.logging import disable_progress_bar  # heavy, like torch and TRL
+
+    from fedward.server.central.job import load_job
+    from fedward.server.central.running import run_job
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs; ours shows the whole job
+    read = load_job(job)
+    console = Console(stderr=json_output, quiet=json_output)
+    reports = run_job(read, out or Path("out") / read.name, console, resume=resume)
+    if json_output:
+        typer.echo(json.dumps(reports, indent=2))
+        return
+    table = Table("step", "stage", "tuner", "steps", "seconds", "loss", "model")
+    for step in reports:
+        shown = [step[key] for key in ("name", "stage", "tuner", "steps", "seconds")]
+        table.add_row(*map(str, shown), f"{step['training_loss']:.4f}", step["model"])
+    console.print(table)
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="A trained model's folder.")],
+    data: Annotated[Path, typer.Option(help="Records: JSONL, CSV or Parquet.")],
+    out: Annotated[Path, typer.Option(help="The file to make, as JSON lines.")],
+    column: Annotated[
+        str | None, typer.Option(help="What the model reads; left out: prompt, text or messages.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.", min=1)] = 128,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last rows that were written.")
+    ] = False,
+    json_output: _Json = False,
+) -> None:
+    """Write what a trained model says of every record, in the column 'prediction'.
+
+    A language model goes on with the text, a reward model gives a number, a classifier a label.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from fedward.server.central.predicting import predict as run
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # as above
+    console = Console(stderr=json_output, quiet=json_output)
+    rows = run(
+        model,
+        data,
+        out,
+        console,
+        column=column,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        resume=resume,
+    )
+    if json_output:
+        typer.echo(json.dumps({"rows": rows, "out": str(out)}))
+    else:
+        console.print(f"{rows} rows in {out}", highlight=False)

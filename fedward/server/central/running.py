@@ -1,0 +1,213 @@
+"""A job from its file to its models: steps in order, each interrupted and resumed at will.
+
+A step's folder holds ``step.json`` (what it is made from), ``start`` (base and adapter merged,
+where it starts from an adapter), ``checkpoints``, ``log.jsonl``, ``model`` and, when it is done,
+``report.json``.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from transformers import TrainerCallback
+
+from fedward.canonical import canonical_json, digest
+from fedward.errors import ConfigurationError, ModelError
+from fedward.plan import Model
+from fedward.server.central.checkpoints import latest
+from fedward.server.central.data import file_digest
+from fedward.server.central.job import STEP, Job, Step
+from fedward.server.central.loading import (
+    Manifest,
+    identity,
+    starting_folder,
+    write_manifest,
+)
+from fedward.server.central.stages import build, kind_of
+from fedward.server.central.validity import check_step
+from fedward.tuning.methods import METHODS
+from fedward.tuning.models import fingerprint, resolve_model
+from fedward.tuning.tuners import trainable
+
+Report = dict[str, Any]
+
+
+def run_job(job: Job, out: Path, console: Console, *, resume: bool = False) -> list[Report]:
+    """Train every step of a job.
+
+    Args:
+        job: Checked here as a whole before anything is loaded.
+        out: One folder a step is made in it.
+        console: Where progress is shown.
+        resume: Go on with what is in ``out``: steps that are done are kept, an interrupted one goes
+            on from its last checkpoint to the very weights it would have had.
+
+    Returns:
+        What each step's ``report.json`` says.
+
+    Raises:
+        ConfigurationError: The job, or ``out`` holds another job's work, or some without
+            ``resume``.
+        DataError: Records that a stage cannot use.
+        ModelError: A model that cannot be loaded, or a training that failed.
+    """
+    for step in job.steps:
+        check_step(step)
+    return [_run(step, out, console, resume=resume) for step in job.steps]
+
+
+def _run(step: Step, out: Path, console: Console, *, resume: bool) -> Report:
+    folder = out / step.name
+    start, judge, teacher = _models(step, out)
+    made_from = _made_from(step, [path for path in (start, judge, teacher) if path is not None])
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            _claim(folder, made_from, resume=resume)
+        report = folder / "report.json"
+        if report.exists():
+            done: Report = json.loads(report.read_bytes())
+            return done
+        base = starting_folder(start, folder / "start")
+    if step.model.sha256 not in (None, fingerprint(base)):
+        raise ModelError(f"{base}: sha256 is {fingerprint(base)}, but the job names another")
+    progress = Progress(console=console)
+    began = time.monotonic()
+    with progress:
+        watch = _Watch(folder / "log.jsonl", progress, progress.add_task(step.name, total=None))
+        trainer = build(
+            step, base, folder / "checkpoints", judge=judge, teacher=teacher, callbacks=[watch]
+        )
+        checkpoint = latest(folder / "checkpoints")
+        result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        metrics = trainer.evaluate() if step.data.evaluation is not None else {}
+    if not math.isfinite(result.training_loss):
+        raise ModelError(f"{step.name}: the loss is {result.training_loss}: lower learning_rate")
+    written: Report = {
+        "name": step.name,
+        "stage": step.stage,
+        "tuner": step.tuner.method,
+        "quantize": step.model.quantize,
+        "steps": trainer.state.global_step,
+        "seconds": round(time.monotonic() - began, 2),
+        "trained_parameters": sum(p.numel() for p in trainable(trainer.model).values()),
+        "training_loss": result.training_loss,
+        "evaluation": metrics,
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "model": str(folder / "model"),
+    }
+    _save(trainer, step, base, folder / "model", made_from)
+    if trainer.is_world_process_zero():
+        report.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return written
+
+
+def _models(step: Step, out: Path) -> tuple[Path, Path | None, Path | None]:
+    """Where the starting model, the reward model and the teacher of a step are."""
+
+    def find(path: str) -> Path:
+        if path.startswith(STEP):
+            return out / path.removeprefix(STEP) / "model"
+        return resolve_model(Model(path=path))
+
+    judge = None if step.reward is None else step.reward.path
+    return (
+        find(step.model.path),
+        None if judge is None else find(judge),
+        None if step.teacher is None else find(step.teacher),
+    )
+
+
+def _made_from(step: Step, models: list[Path]) -> dict[str, str]:
+    """Digests of all that decides what a step gives."""
+    fields = canonical_json(json.loads(json.dumps(dataclasses.asdict(step))))
+    files = [path for path in (step.data.train, step.data.evaluation) if path is not None]
+    return {
+        "step": digest("step", fields).hex(),
+        **{f"data {name}": file_digest(Path(name)) for name in files},
+        **{f"model {number}": identity(path) for number, path in enumerate(models)},
+    }
+
+
+def _claim(folder: Path, made_from: Mapping[str, str], *, resume: bool) -> None:
+    """Make a step's folder, or check that it holds this very step's work."""
+    path = folder / "step.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps(made_from, indent=2) + "\n")
+        return
+    if not resume:
+        raise ConfigurationError(f"{folder} is there already: use --resume, or another --out")
+    before = json.loads(path.read_bytes())
+    changed = sorted(key for key in {*before, *made_from} if before.get(key) != made_from.get(key))
+    if changed:
+        raise ConfigurationError(
+            f"{folder} was made from another {changed[0].split()[0]} ({', '.join(changed)}): "
+            "use another --out"
+        )
+
+
+def _save(
+    trainer: Any,  # noqa: ANN401  # TRL's
+    step: Step,
+    base: Path,
+    folder: Path,
+    made_from: Mapping[str, str],
+) -> None:
+    """Write the trained model with its manifest, whole or not at all."""
+    partial = folder.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.save_model(str(partial))
+    if not trainer.is_world_process_zero():
+        return
+    (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    near = base.parent == folder.parent
+    method = METHODS[step.tuner.method]
+    write_manifest(
+        partial,
+        Manifest(
+            kind=kind_of(step),
+            stage=step.stage,
+            method=step.tuner.method,
+            quantize=step.model.quantize,
+            base=f"../{base.name}" if near else str(base),
+            base_sha256=fingerprint(base),
+            job=digest("made from", canonical_json(dict(made_from))).hex(),
+            mergeable=method.mergeable,
+        ),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+class _Watch(TrainerCallback):
+    """Shows how far a step is, and keeps what TRL logs as JSON lines."""
+
+    def __init__(self, log: Path, progress: Progress, task: TaskID) -> None:
+        self.log, self.progress, self.task = log, progress, task
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401  # theirs
+        """Show the steps to come, and those done before a resumption."""
+        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401  # theirs
+        """Count a step."""
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401  # theirs
+        """Write the log anew, so that a resumed training's has no line twice."""
+        if state.is_world_process_zero:
+            _replace(self.log, "".join(json.dumps(line) + "\n" for line in state.log_history))
