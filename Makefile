@@ -10,7 +10,7 @@ TORCH := $(if $(CI)$(FEDWARD_CPU),torch==2.13.0,torch)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every stamp installs into the same environment
-.PHONY: help demo test field-test check bench base-lm
+.PHONY: help demo test field-test gpu-test check bench base-lm
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -27,7 +27,11 @@ test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest
 
 field-test: $(VENV)/.dev ## a coordinator and four hospitals as processes, killed in mid-round
+	$(BIN)/python -m pytest -q -m slow tests/field
 	$(BIN)/python -m tests.field.run
+
+gpu-test: $(VENV)/.dev ## one private round of an 8 B-shaped model on this machine's GPU
+	$(BIN)/python benchmarks/gpu_round.py
 
 check: $(VENV)/.dev ## formatting, lint and types
 	$(BIN)/ruff format --check .
