@@ -7,13 +7,9 @@ opens.
 
 The coordinator tries the key on the envelope that the dealer signed. An honest envelope opens under
 no other key (2^-128 a try), but nobody else can tell a wrong key from a right one that opens
-nothing. Then one of the two lies, and both are left out of the next attempt: each honest site that
-is lost so costs a corrupt one its place (dispute control: Beerliová-Trubíniová and Hirt 2006). More
-than T complaints cannot all be lies.
+nothing. Then one of the two lies and both are suspects. What follows from suspicions over a whole
+run is the coordinator's business (``fedward/server/suspects.py``).
 """
-
-from collections import Counter
-from collections.abc import Collection
 
 from cryptography.exceptions import InvalidTag
 
@@ -22,9 +18,6 @@ from fedward.aggregation.cohort import Cohort, PinnedKeys
 from fedward.aggregation.envelopes import NO_KEY, BadEnvelope, open_envelope, signed_fields
 from fedward.aggregation.transcript import SiteFault, party, sign
 from fedward.identity import Identity
-
-Verdict = tuple[int, frozenset[int]]
-"""The dealer complained of, and who may be at fault: one site if it is proven, else both."""
 
 
 class Complaint(SiteFault):
@@ -46,7 +39,7 @@ class Complaint(SiteFault):
 
 def judge(
     cohort: Cohort, pinned: PinnedKeys, complaint: wire.Complaint, envelope: wire.Envelope
-) -> Verdict:
+) -> frozenset[int]:
     """Decide on a complaint.
 
     Args:
@@ -54,6 +47,9 @@ def judge(
         pinned: The pinned keys.
         complaint: What the holder sent.
         envelope: What the dealer sent for this holder.
+
+    Returns:
+        The suspects, at least one of whom is corrupt: one site if it is proven, else both.
 
     Raises:
         SiteFault: The complaint's own signature does not hold.
@@ -63,29 +59,14 @@ def judge(
     try:
         pinned.verify(dealer, envelope.signature, "R1", *signed_fields(cohort, holder, envelope))
     except SiteFault:
-        return dealer, frozenset({dealer})
+        return frozenset({dealer})
     if key == NO_KEY:  # it says that the signature does not hold
-        return dealer, frozenset({holder})
+        return frozenset({holder})
     try:
         shares = open_envelope(cohort, key, holder, envelope)
     except InvalidTag:
-        return dealer, frozenset({dealer, holder})
-    return dealer, frozenset({dealer if shares is None else holder})
-
-
-def at_fault(verdicts: Collection[Verdict], colluders: int) -> frozenset[int]:
-    """The sites to leave out of the next attempt.
-
-    Args:
-        verdicts: One for each complaint of the session.
-        colluders: ``T``.
-    """
-    accusers = Counter(dealer for dealer, suspects in verdicts if dealer in suspects)
-    found = set[int]()
-    for dealer, suspects in verdicts:
-        certain = dealer in suspects and accusers[dealer] > colluders  # not all of them lie
-        found |= {dealer} if certain else suspects
-    return frozenset(found)
+        return frozenset({dealer, holder})
+    return frozenset({dealer if shares is None else holder})
 
 
 def _signed_fields(cohort: Cohort, holder: int, dealer: int, key: bytes) -> tuple[bytes, ...]:

@@ -16,6 +16,18 @@ from fedward.errors import ProtocolError
 from fedward.privacy.noise import SecureStream
 
 
+class SumTooLong(ProtocolError):
+    """Some site of the cohort sent more than the plan allows; the sum does not tell which.
+
+    Args:
+        cohort: The sites in the sum.
+    """
+
+    def __init__(self, cohort: Sequence[int]) -> None:
+        super().__init__("the published sum is longer than its sites' updates can be")
+        self.cohort = tuple(cohort)
+
+
 def pack(
     update: npt.NDArray[np.floating],
     slots: npt.NDArray[np.float64],
@@ -112,11 +124,11 @@ def check_mean(
         update_clip: The plan's L2 bound of an update.
 
     Raises:
-        ProtocolError: It is longer: some site sent more than the plan allows.
+        SumTooLong: It is longer.
     """
     rounding = len(cohort) * parameters.grid.gamma * math.sqrt(len(mean))
     if float(np.linalg.norm(mean)) > update_clip + rounding / parameters.divisor(cohort):
-        raise ProtocolError("the published sum is longer than its sites' updates can be")
+        raise SumTooLong(cohort)
 
 
 def _rotation_key(attempt: Attempt) -> bytes:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedward.aggregation import shamir, wire
 from fedward.aggregation.cohort import Cohort, PinnedKeys, form_cohort, hello_fields
-from fedward.aggregation.complaints import Verdict, at_fault, judge
+from fedward.aggregation.complaints import judge
 from fedward.aggregation.envelopes import agree, signed_fields
 from fedward.aggregation.graph import COMPLETE_UP_TO
 from fedward.aggregation.masks import Words, apply_masks, check_vector
@@ -62,7 +62,7 @@ class Tally:
         self._u2: tuple[int, ...] = ()
         self._u2_hash = b""
         self._headers: dict[int, wire.Header] = {}
-        self._verdicts: dict[int, Verdict] = {}
+        self._suspects: dict[int, frozenset[int]] = {}
         self._total: Words = np.zeros(0, dtype=parameters.grid.dtype)
         self._outcome: Outcome | None = None
         self._votes: dict[int, wire.Vote] = {}
@@ -185,7 +185,7 @@ class Tally:
         self._note("R2", site, message)
 
     def add_complaint(self, site: int, message: bytes) -> frozenset[int]:
-        """R2: hear a site that cannot use an envelope; returns who may be at fault.
+        """R2: hear a site that cannot use an envelope; returns the suspects, one of them at fault.
 
         Raises:
             SiteFault: It was dealt no such envelope, or wrong signature.
@@ -196,14 +196,14 @@ class Tally:
         envelope = self._sealed.get(complaint.dealer, {}).get(site)
         if envelope is None or site not in self._u2:
             raise SiteFault(site, "it complains of a site that dealt it no shares")
-        self._verdicts[site] = judge(self._cohort, self._pinned, complaint, envelope)
+        self._suspects[site] = judge(self._cohort, self._pinned, complaint, envelope)
         self._note("R2", site, message)
-        return self._verdicts[site][1]
+        return self._suspects[site]
 
     @property
-    def at_fault(self) -> frozenset[int]:
-        """The sites that complaints show to be at fault: the next attempt goes without them."""
-        return at_fault(self._verdicts.values(), self.parameters.colluders)
+    def suspects(self) -> dict[int, frozenset[int]]:
+        """For each site that complained: the suspects, of whom at least one is at fault."""
+        return dict(self._suspects)
 
     def close_masked(self) -> dict[int, bytes]:
         """R3: freeze U3; returns the message of every site in it.

@@ -22,7 +22,7 @@ from fedward.aggregation.packing import check_mean
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.schemes import Vector, next_vector
 from fedward.aggregation.tally import SumResult, Tally
-from fedward.aggregation.transcript import SiteFault, task_hash
+from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json
 from fedward.errors import (
@@ -38,6 +38,7 @@ from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letter
 from fedward.plan import Plan
 from fedward.server.anchors import Anchors
 from fedward.server.store import EVERYBODY, Phase, RunStore
+from fedward.server.suspects import Record, blame, proven
 from fedward.tuning.vector import (
     Layout,
     dimension,
@@ -62,15 +63,15 @@ class State:
         adapter: The adapter's whole state, safetensors bytes.
         previous: Parts of the next task that let sites recompute this adapter; empty at first.
         attempts: Attempts that the open round has seen.
-        faulty: Sites at fault in an attempt of this run: left out of all that follow, because one
-            that comes back may cost the others an update each round, until no spare round is left.
+        record: What the run's attempts have shown of its sites: one that lies or falls silent again
+            and again would cost the others an update each time, until no spare round is left.
     """
 
     committed: int
     adapter: bytes
     previous: Mapping[str, bytes]
     attempts: int
-    faulty: frozenset[int]
+    record: Record
 
 
 class RoundEngine:
@@ -108,6 +109,7 @@ class RoundEngine:
         self._start, self._layout, self._observer = start, layout, observer
         self._left_out = set[tuple[Attempt, int]]()
         self._tally: Tally | None = None
+        self._silent = frozenset[int]()
         self._anchors = Anchors(identity, roster, store)
 
     def run(self, grid: Grid) -> bytes:
@@ -130,10 +132,12 @@ class RoundEngine:
 
     def _fold(self) -> State:
         """Replay the events into the state between rounds."""
-        committed, attempts, faulty = 0, 0, set[int]()
+        committed, attempts, record = 0, 0, Record()
         adapter, previous = self._start, dict[str, bytes]()
         for event in self._store.events(self._run):
             facts = json.loads(event.payload)
+            if event.phase in {Phase.ABORTED, Phase.COMMITTED}:
+                record = record.after(event.attempt.round, facts)
             if event.phase is Phase.STARTED:
                 attempts = event.attempt.attempt
                 if facts["plan"] != self._plan.hash().hex():
@@ -141,11 +145,8 @@ class RoundEngine:
                         f"run {self._run!r} was started with another plan "
                         f"({facts['plan'][:12]}): give it that plan, or start a new run"
                     )
-            elif event.phase is Phase.ABORTED:
-                faulty.update(facts["faults"])
             elif event.phase is Phase.COMMITTED:
                 committed, attempts = event.attempt.round, 0
-                faulty.update(facts.get("faults", []))
                 adapter = self._store.blob(facts["adapter"])
                 previous = {
                     "sum": self._store.blob(facts["sum"]),
@@ -157,7 +158,7 @@ class RoundEngine:
             adapter=adapter,
             previous=previous,
             attempts=attempts,
-            faulty=frozenset(faulty),
+            record=record,
         )
 
     def _round(self, grid: Grid, state: State) -> None:
@@ -171,9 +172,7 @@ class RoundEngine:
                 result = self._session(grid, attempt, state)
                 vector = self._next(state, result)
             except (ProtocolError, CohortTooSmall) as error:
-                named = {error.site} if isinstance(error, SiteFault) else set[int]()
-                facts: Json = {"reason": str(error), "faults": sorted(named | self._at_fault())}
-                self._record(attempt, Phase.ABORTED, facts)
+                self._record(attempt, Phase.ABORTED, {"reason": str(error), **self._blame(error)})
                 if isinstance(error, _NoHope):
                     raise CohortTooSmall(str(error)) from error
                 failure, state = str(error), self._fold()
@@ -192,14 +191,13 @@ class RoundEngine:
         return next_vector(vector_of(state.adapter, self._layout), mean)
 
     def _commit(self, attempt: Attempt, adapter: bytes, result: SumResult) -> None:
-        faults = sorted(self._at_fault())
         facts: Json = {
             "adapter": self._store.put_blob(adapter),
             "sum": self._store.put_blob(result.words.tobytes()),
             "cohort": list(result.cohort),
             "transcript": result.transcript.hex(),
             **({} if self._plan.metrics is None else {"slots": result.slots}),
-            **({"faults": faults} if faults else {}),
+            **self._blame(),
         }
         self._record(attempt, Phase.COMMITTED, facts)
 
@@ -212,7 +210,7 @@ class RoundEngine:
             task_hash=task_hash(state.adapter, self._plan.hash(), self._plan.aggregation.scheme),
             dimension=dimension(self._layout),
         )
-        self._tally = None
+        self._tally, self._silent = None, frozenset()
         ready = self._invite(grid, attempt, state)
         tally = self._tally = Tally(parameters=parameters, roster=self._roster)
         todo = dict.fromkeys(ready, tally.request())
@@ -238,6 +236,7 @@ class RoundEngine:
     ) -> None:
         """One exchange of the session: a message to each site, every good answer to the tally."""
         letters, _ = self._ask(grid, attempt, action, {s: {"message": m} for s, m in todo.items()})
+        silent = set(todo) - set(self._suspects())
         for site, letter in sorted(letters.items()):
             try:
                 if action == "masked":
@@ -247,12 +246,17 @@ class RoundEngine:
             except (ProtocolError, IdentityError) as error:
                 self._leave_out(attempt, site, action, str(error))
             else:
+                silent.discard(site)
                 facts = self._anchors.learn(letter) if phase is Phase.MASKED else None
                 self._record(attempt, phase, facts, site=site)
+        self._silent = frozenset(silent)
 
-    def _at_fault(self) -> frozenset[int]:
-        """The sites that complaints of the last session show to be at fault."""
-        return self._tally.at_fault if self._tally else frozenset()
+    def _suspects(self) -> Mapping[int, frozenset[int]]:
+        """What the complaints of the last session come to, by the site that complained."""
+        return self._tally.suspects if self._tally else {}
+
+    def _blame(self, error: Exception | None = None) -> dict[str, Json]:
+        return blame(self._suspects().values(), self._silent, error)
 
     def _refusal(self, letter: Letter) -> str:
         """Why a site did not do as asked: its code, and what its complaint comes to."""
@@ -279,12 +283,20 @@ class RoundEngine:
             "layout": layout_to_bytes(self._layout),
             **state.previous,
         }
-        todo = {site: parts for site in self._nodes if site not in state.faulty}
-        self._record(attempt, Phase.INVITED, {"sites": list(todo)})
-        ready, refused = self._ask(grid, attempt, "task", todo)
+        minimum, colluders = self._plan.cohort.minimum, self._plan.cohort.colluders
+        out = proven(state.record.groups, colluders)
+        away = state.record.away(
+            self._nodes, minimum=minimum, colluders=colluders, number=attempt.round
+        )
+        todo = [site for site in self._nodes if site not in out | away]
+        self._record(attempt, Phase.INVITED, {"sites": todo})
+        ready, refused = self._ask(grid, attempt, "task", dict.fromkeys(todo, parts))
+        if len(ready) < minimum and away:  # so few are left that these are needed
+            todo += away
+            late = self._ask(grid, attempt, "task", dict.fromkeys(away, parts))
+            ready, refused = ready | late[0], refused | late[1]
         for site, letter in ready.items():
             self._record(attempt, Phase.READY, self._anchors.learn(letter), site=site)
-        minimum = self._plan.cohort.minimum
         if len(ready) < minimum:
             reasons = "; ".join(f"{self._name(s)}: {why}" for s, why in sorted(refused.items()))
             message = (
