@@ -210,6 +210,68 @@ def refused_vector() -> dict[str, Any]:
     }
 
 
+def complaints_vector() -> dict[str, Any]:
+    """What site 2 says of site 7's envelopes, and who is suspected for it."""
+    sites = three_sites()
+    out = ref.transcript(session_vector()["parameters"].encode(), sites, 4)
+    holder, dealer, sid = 2, 7, out["sid"]
+    row = messages_to(holder, out)["R2"][20:266]  # the first of the two, site 7's
+    cb, e, hb, hs = row[4:36], row[36:118], row[118:150], row[150:182]
+
+    def signed(e: bytes, hb: bytes = hb, hs: bytes = hs) -> bytes:
+        bound = (sid, ref.i(dealer), ref.i(holder), ref.i(1), e, hb, hs, cb)
+        return ref.i(dealer) + cb + e + hb + hs + ref.sig(sites[dealer]["identity"], "R1", *bound)
+
+    other = ref.public(sites[dealer]["envelope"])
+    key = ref.envelope_key(sites[holder]["envelope"], other, sid, dealer, holder)
+    other_shares = ref.envelope(
+        sites[dealer]["envelope"], ref.public(sites[holder]["envelope"]), sid, dealer, holder,
+        bytes(66),
+    )  # fmt: skip
+    rows = {
+        "honest": row,
+        "it does not open": signed(bytes(82)),
+        "its shares do not match hb and hs": signed(other_shares),
+        "hs is another": signed(e, hs=bytes(32)),
+        "its signature is not the dealer's": row[:36] + bytes(82) + row[118:],
+    }
+    keys = {"the envelope's key": key, "no key": bytes(32), "a made-up key": secret("made up")}
+    said = {
+        "it does not open": "the envelope's key",
+        "its shares do not match hb and hs": "the envelope's key",
+        "hs is another": "the envelope's key",
+        "its signature is not the dealer's": "no key",
+    }
+    verdicts = [
+        ("it does not open", "the envelope's key", [2, 7]),
+        ("its shares do not match hb and hs", "the envelope's key", [7]),
+        ("hs is another", "the envelope's key", [7]),
+        ("its signature is not the dealer's", "no key", [7]),
+        ("its signature is not the dealer's", "the envelope's key", [7]),
+        ("it does not open", "no key", [2]),
+        ("honest", "no key", [2]),
+        ("honest", "the envelope's key", [2]),
+        ("honest", "a made-up key", [2, 7]),
+    ]
+    by = sites[holder]["identity"]
+    complaints = {name: ref.complaint(by, sid, holder, dealer, k) for name, k in keys.items()}
+    stranger = ref.complaint(secret("stranger"), sid, holder, dealer, key)
+    return {
+        "note": "site 2 of session.json, and envelopes of site 7 for it as they stand in R2",
+        "holder": holder,
+        "envelopes": {name: data.hex() for name, data in rows.items()},
+        "complaints": {name: data.hex() for name, data in complaints.items()},
+        "said": said,
+        "verdicts": [
+            {"envelope": e, "complaint": c, "suspects": suspects} for e, c, suspects in verdicts
+        ],
+        "no_complaint": {
+            "a stranger's signature": stranger.hex(),
+            "of another session": ref.complaint(by, bytes(32), holder, dealer, key).hex(),
+        },
+    }
+
+
 def malformed_vector() -> list[dict[str, str]]:
     """Messages that no decoder may take."""
     sites = three_sites()
@@ -218,6 +280,7 @@ def malformed_vector() -> list[dict[str, str]]:
     good = messages_to(2, out)
     hello, shares = b"SA1h" + out["hello"][2], b"SA1s" + out["shares"][2]
     header, vote = b"SA1y" + out["masked"][2][1], b"SA1v" + out["vote"][2]
+    complaint = ref.complaint(sites[2]["identity"], out["sid"], 2, 7, bytes(32))
     released = b"SA1r" + ref.i(2) + b"".join(ref.i(n) + bytes(33) for n in (2, 7))
     cases = []
     for kind, message, head, size in (
@@ -229,6 +292,7 @@ def malformed_vector() -> list[dict[str, str]]:
         ("survivors", good["R3"], 4, 100),
         ("vote", vote, 4, 68),
         ("certificate", good["R4"], 4, 68),
+        ("complaint", complaint, 4, 104),
         ("released", released, 8, 37),
     ):
         one, two = message[head : head + size], message[head + size : head + 2 * size]
@@ -281,6 +345,7 @@ def all_vectors() -> dict[str, Any]:
         "primitives": primitives_vector(),
         "session": session_vector(),
         "refused": refused_vector(),
+        "complaints": complaints_vector(),
         "malformed": malformed_vector(),
     }
 

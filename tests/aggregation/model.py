@@ -1,11 +1,12 @@
 """A symbolic model of ``secagg/1`` on the complete graph: every choice of an active coordinator.
 
 Cryptography is perfect, sites follow the specification, corrupt sites sign and reveal everything.
-The coordinator chooses for each honest site, independently of the others, which U2 it is shown,
-which survivor set it is asked to sign, and whether it gets a certificate; it keeps every upload,
-late ones too. Its knowledge only grows and a site's answers depend only on what it was itself
-shown, so runs may be reordered by exchange and all releases given at once: enumerating the choices
-covers every interleaving. ``docs/secagg-model/README.md`` explains what is found.
+The coordinator chooses for each honest site, independently of the others, whether it is brought to
+complain of an envelope, or else which U2 it is shown, which survivor set it is asked to sign, and
+whether it gets a certificate; it keeps every upload, late ones too. Its knowledge only grows and a
+site's answers depend only on what it was itself shown, so runs may be reordered by exchange and all
+releases given at once: enumerating the choices covers every interleaving.
+``docs/secagg-model/README.md`` explains what is found.
 """
 
 import itertools
@@ -31,6 +32,7 @@ class Rules:
     minimum: int
     need: Thresholds
     signed_hellos: bool = True
+    signed_envelopes: bool = True
     one_vote: bool = True
     one_kind: bool = True
     self_mask: bool = True
@@ -68,10 +70,20 @@ class Survivors:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The coordinator's choices: U2 shown to each honest site, and what each was asked to sign."""
+    """The coordinator's choices for each honest site.
 
+    Whose envelope it complains of and ends; for the others, the U2 shown and what each signed.
+    """
+
+    complained: Mapping[int, int]
     shown: Mapping[int, Sites]
     signed: Mapping[int, tuple[Survivors, ...]]
+
+
+CORRUPT = -1  # the dealer of an envelope whose key the coordinator knows anyway
+
+View = Sites | int
+"""What a site is shown in R2: a cohort, or a bad envelope of this dealer."""
 
 
 def subsets(sites: Sites, least: int) -> Iterator[Sites]:
@@ -103,28 +115,43 @@ def ballots(r: Rules, options: list[Survivors]) -> list[tuple[Survivors, ...]]:
 
 def runs(r: Rules) -> Iterator[Run]:
     """Every choice, up to renaming honest sites that were shown the same."""
-    views = {
-        site: [u2 for u2 in subsets(r.everybody, least_size(r)) if site in u2] for site in r.honest
-    }
+    views = {site: list(shown_to(r, site)) for site in r.honest}
     order = sorted(r.honest)
-    seen = set[frozenset[tuple[Sites, ...]]]()
+    seen = set[frozenset[tuple[View, ...]]]()
     for choice in itertools.product(*(views[site] for site in order)):
         key = frozenset(renamed(r, choice))
         if key in seen:
             continue
         seen.add(key)
-        shown = dict(zip(order, choice, strict=True))
-        options = [ballots(r, acceptable(r, site, shown)) for site in order]
+        pairs = list(zip(order, choice, strict=True))
+        complained = {site: view for site, view in pairs if isinstance(view, int)}
+        shown = {site: view for site, view in pairs if not isinstance(view, int)}
+        options = [ballots(r, acceptable(r, site, shown)) for site in shown]
         for signed in itertools.product(*options):
-            yield Run(shown=shown, signed=dict(zip(order, signed, strict=True)))
+            by_site = dict(zip(shown, signed, strict=True))
+            yield Run(complained=complained, shown=shown, signed=by_site)
 
 
-def renamed(r: Rules, choice: tuple[Sites, ...]) -> Iterator[tuple[Sites, ...]]:
+def shown_to(r: Rules, site: int) -> Iterator[View]:
+    """Cohorts with the site, or an envelope that it complains of.
+
+    An envelope changed on the way carries no signature: a site that checks tells no key of it.
+    """
+    yield from (u2 for u2 in subsets(r.everybody, least_size(r)) if site in u2)
+    yield CORRUPT
+    if not r.signed_envelopes:
+        yield from r.honest - {site}
+
+
+def renamed(r: Rules, choice: tuple[View, ...]) -> Iterator[tuple[View, ...]]:
     """A choice of views under every renaming of the honest sites."""
     for new in itertools.permutations(range(len(choice))):
-        views: list[Sites] = [frozenset()] * len(choice)
+        views: list[View] = [CORRUPT] * len(choice)
         for site, view in enumerate(choice):
-            views[new[site]] = frozenset(new[j] if j < len(choice) else j for j in view)
+            if isinstance(view, int):
+                views[new[site]] = view if view == CORRUPT else new[view]
+            else:
+                views[new[site]] = frozenset(new[j] if j < len(choice) else j for j in view)
         yield tuple(views)
 
 
@@ -142,6 +169,10 @@ def known_secrets(r: Rules, run: Run) -> tuple[Sites, Sites]:
     corrupt = r.everybody - r.honest
     holders = {(kind, site): set(corrupt) for kind in "bs" for site in r.honest}
     good = certified(r, run)
+    for holder, dealer in run.complained.items():  # the key of one envelope opens both shares in it
+        if dealer != CORRUPT:
+            holders["b", dealer].add(holder)
+            holders["s", dealer].add(holder)
     for holder, signed in run.signed.items():
         for survivors in set(signed) & good:
             for dealer in survivors.u2 & r.honest:
@@ -163,12 +194,14 @@ def readable(r: Rules, run: Run) -> list[Sites]:
     counterpart, or an unknown self mask, covers the whole group.
     """
     seeds, keys = known_secrets(r, run)
-    joined = {site: {site} for site in r.honest}
-    covered = set(r.honest - seeds)
-    for one, other in itertools.permutations(sorted(r.honest), 2):
-        if other not in run.shown[one] or one in keys or other in keys or not r.signed_hellos:
+    joined = {site: {site} for site in run.shown}
+    covered = set(run.shown) - seeds
+    for one, other in itertools.product(run.shown, r.honest):
+        if one == other or other not in run.shown[one]:
             continue
-        if run.shown[other] != run.shown[one]:
+        if one in keys or other in keys or not r.signed_hellos:
+            continue
+        if run.shown.get(other) != run.shown[one]:
             covered.add(one)
         elif joined[one] is not joined[other]:
             joined[one] |= joined[other]
@@ -223,6 +256,7 @@ def cases() -> dict[str, Rules]:
         "a threshold of 1 (A4)": replace(four, need=replace(four.need, threshold=1)),
         "no self mask, uploads come late (A2)": replace(honest, self_mask=False),
         "unsigned keys, the coordinator in the middle (A5)": replace(four, signed_hellos=False),
+        "complaints open what no dealer signed": replace(four, signed_envelopes=False),
         "two corrupt sites where T = 0": replace(honest, corrupt=2),
     }
 

@@ -78,11 +78,20 @@ def share(secret: bytes, coefficients: list[int], holders: int) -> list[bytes]:
     ]
 
 
+def envelope_key(private: bytes, other: bytes, sid: bytes, dealer: int, holder: int) -> bytes:
+    return kdf(dh(private, other), sid, "env", i(dealer), i(holder))
+
+
 def envelope(
     private: bytes, other: bytes, sid: bytes, dealer: int, holder: int, plain: bytes
 ) -> bytes:
-    key = kdf(dh(private, other), sid, "env", i(dealer), i(holder))
+    key = envelope_key(private, other, sid, dealer, holder)
     return AESGCM(key).encrypt(bytes(12), plain, h(sid, i(dealer), i(holder)))
+
+
+def complaint(seed: bytes, sid: bytes, holder: int, dealer: int, key: bytes) -> bytes:
+    signature = sig(seed, "C", sid, i(holder), i(dealer), key)
+    return b"SA1c" + i(holder) + i(dealer) + key + signature
 
 
 def transcript(parameters: bytes, sites: dict[int, dict[str, Any]], word_bytes: int) -> Any:

@@ -25,6 +25,7 @@ BREAKS = {
     "a threshold of 1 (A4)": {"secrecy", "privacy"},
     "no self mask, uploads come late (A2)": {"secrecy", "privacy"},
     "unsigned keys, the coordinator in the middle (A5)": {"secrecy", "privacy"},
+    "complaints open what no dealer signed": {"secrecy", "privacy"},
     "two corrupt sites where T = 0": set(PROPERTIES),
 }
 

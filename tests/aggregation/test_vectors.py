@@ -11,14 +11,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from fedward.aggregation import shamir
+from fedward.aggregation import shamir, wire
+from fedward.aggregation.cohort import Cohort, PinnedKeys, form_cohort
+from fedward.aggregation.complaints import Complaint, judge
 from fedward.aggregation.envelopes import agree
 from fedward.aggregation.masks import BLOCK_WORDS, apply_masks
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.tally import Tally
-from fedward.aggregation.transcript import envelope_context, envelope_key, kdf
+from fedward.aggregation.transcript import SiteFault, envelope_context, envelope_key, kdf
 from fedward.canonical import digest
 from fedward.errors import ProtocolError
 from fedward.identity import Identity, Member, Roster
@@ -29,6 +31,7 @@ VECTORS = Path(__file__).parent / "vectors"
 PRIMITIVES = json.loads((VECTORS / "primitives.json").read_text())
 SESSION = json.loads((VECTORS / "session.json").read_text())
 REFUSED = json.loads((VECTORS / "refused.json").read_text())
+COMPLAINTS = json.loads((VECTORS / "complaints.json").read_text())
 
 
 def replay(draws: list[str]) -> Callable[[int], bytes]:
@@ -211,3 +214,51 @@ def test_vectors_that_a_site_must_refuse(case):
     with pytest.raises(ProtocolError):
         deliver(session, case["stage"], bytes.fromhex(case["message"]))
     assert session.dead
+
+
+def changed_r2(envelope: str) -> bytes:
+    """The good R2 message to the vector's site, with another envelope of its first dealer."""
+    good = bytes.fromhex(REFUSED["good"]["R2"])
+    return good[:20] + bytes.fromhex(COMPLAINTS["envelopes"][envelope]) + good[266:]
+
+
+def test_the_honest_envelope_of_the_complaints_is_the_session_s():
+    assert changed_r2("honest") == bytes.fromhex(REFUSED["good"]["R2"])
+
+
+@pytest.mark.parametrize("envelope", COMPLAINTS["said"])
+def test_what_a_site_complains_byte_for_byte(envelope):
+    session = led_to("R2")
+    with pytest.raises(Complaint) as caught:
+        deliver(session, "R2", changed_r2(envelope))
+    expected = COMPLAINTS["complaints"][COMPLAINTS["said"][envelope]]
+    assert caught.value.message.hex() == expected
+    assert session.dead
+
+
+def vector_cohort() -> tuple[Cohort, PinnedKeys]:
+    _rows, roster, parameters, _sessions = vector_sites()
+    pinned, hellos = PinnedKeys(roster), bytes.fromhex(REFUSED["good"]["R1"])
+    return form_cohort(parameters, pinned, wire.decode_hellos(hellos)), pinned
+
+
+def judged(complaint: str, envelope: str) -> frozenset[int]:
+    sent = wire.decode_envelopes(changed_r2(envelope))[1][0]
+    return judge(*vector_cohort(), wire.decode_complaint(bytes.fromhex(complaint)), sent)
+
+
+@pytest.mark.parametrize(
+    "case",
+    COMPLAINTS["verdicts"],
+    ids=[f"{c['envelope']}, {c['complaint']}" for c in COMPLAINTS["verdicts"]],
+)
+def test_whom_a_complaint_makes_suspect(case):
+    complaint = COMPLAINTS["complaints"][case["complaint"]]
+    assert judged(complaint, case["envelope"]) == set(case["suspects"])
+
+
+@pytest.mark.parametrize("why", COMPLAINTS["no_complaint"])
+def test_complaints_that_nobody_signed_for_this_session(why):
+    with pytest.raises(SiteFault) as caught:
+        judged(COMPLAINTS["no_complaint"][why], "it does not open")
+    assert caught.value.site == COMPLAINTS["holder"]
