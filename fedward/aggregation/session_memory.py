@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from fedward.aggregation.transcript import Outcome
 from fedward.attempt import Attempt
 
 
@@ -24,7 +25,7 @@ class SessionMemory(Protocol):
         """The survivor set that this site signed in a session."""
         ...
 
-    def remember_signed(self, session: bytes, survivors: bytes) -> None:
+    def remember_signed(self, outcome: Outcome) -> None:
         """Record that the site signs this survivor set, and no other of the session ever."""
         ...
 
@@ -58,9 +59,9 @@ class VolatileMemory:
         """The survivor set that this site signed in a session."""
         return self._signed.get(session)
 
-    def remember_signed(self, session: bytes, survivors: bytes) -> None:
+    def remember_signed(self, outcome: Outcome) -> None:
         """Record that the site signs this survivor set."""
-        self._signed[session] = survivors
+        self._signed[outcome.session] = outcome.survivors_hash
 
     def remember_released(self, session: bytes) -> None:
         """Record that the site's shares of the session count as released."""

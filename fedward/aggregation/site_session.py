@@ -321,9 +321,9 @@ class SiteSession:
         # Two survivor sets of one session would release both shares of their difference.
         if self._memory.signed(sid) not in (None, u3_hash):
             raise ProtocolError("this site signed another survivor set of this session")
-        self._memory.remember_signed(sid, u3_hash)
-        vote = wire.Vote(self._site, sign(self._identity, "R3", sid, u3_hash))
         outcome = Outcome(session=sid, survivors=tuple(ids), survivors_hash=u3_hash)
+        self._memory.remember_signed(outcome)
+        vote = wire.Vote(self._site, sign(self._identity, "R3", sid, u3_hash))
         return _Voted(masked=state, outcome=outcome), wire.encode_vote(vote)
 
     def _release(self, state: _Voted, message: bytes) -> tuple[_State, bytes]:

@@ -1,14 +1,21 @@
 """What a site must not forget about sessions, on its own disk."""
 
+import json
 from pathlib import Path
 from typing import Self
 
+from fedward.aggregation.transcript import Outcome
 from fedward.attempt import Attempt
-from fedward.errors import LedgerError, LedgerRolledBack
-from fedward.identity import Identity
+from fedward.canonical import canonical_json, digest
+from fedward.errors import IdentityError, LedgerError, LedgerRolledBack
+from fedward.identity import Identity, open_sealed
 from fedward.messages import Receipt
 from fedward.privacy.chain import Chain
 from fedward.privacy.ledger import Ledger
+from fedward.private_files import make_private_folder, write_private
+
+_TASK = "fedward/1/task kept"
+_RUNS = 4  # side by side, whose last adapter is kept
 
 
 class SiteMemory:
@@ -16,20 +23,25 @@ class SiteMemory:
 
     That an input counts as sent is the ledger's to remember, so that privacy is spent there in the
     same instant; the rest is a chained file of its own. It keeps the coordinator's newest receipt
-    for the ledger, so that a ledger restored alone is noticed without asking anybody.
+    for the ledger, so that a ledger restored alone is noticed without asking anybody. Beside it, in
+    the folder ``tasks``, lies the adapter of each run's last task, signed.
 
     Args:
         chain: The file, held by this memory alone.
         ledger: The site's open ledger.
+        identity: The site's key.
+        tasks: The folder of the adapters; made when it is needed.
 
     Raises:
         LedgerRolledBack: The ledger lacks what this memory saw of it.
     """
 
-    def __init__(self, chain: Chain, ledger: Ledger) -> None:
-        self._chain, self._ledger = chain, ledger
+    def __init__(self, chain: Chain, ledger: Ledger, identity: Identity, tasks: Path) -> None:
+        self._chain, self._ledger, self._identity, self._tasks = chain, ledger, identity, tasks
         self._newest: dict[str, tuple[int, int, int]] = {}
         self._signed: dict[str, str] = {}
+        self._cohorts: dict[str, tuple[int, ...]] = {}
+        self._begun: str | None = None
         self._acknowledged = 0
         if chain.entries and ledger.head[0] == 0:
             raise LedgerRolledBack(
@@ -39,8 +51,10 @@ class SiteMemory:
             if entry["kind"] == "begin":
                 first, second, third = entry["order"]
                 self._newest[entry["run"]] = (first, second, third)
+                self._begin(entry["run"])
             elif entry["kind"] == "signed":
                 self._signed[entry["session"]] = entry["survivors"]
+                self._sign(entry["cohort"])
             elif entry["kind"] == "receipt":
                 ledger.check_anchor(entry["seq"], entry["head"])
                 self._acknowledged = entry["seq"]
@@ -54,7 +68,7 @@ class SiteMemory:
         """
         chain = Chain(path, identity, purpose="fedward memory")
         try:
-            return cls(chain, ledger)
+            return cls(chain, ledger, identity, path.with_name("tasks"))
         except LedgerError:
             chain.close()
             raise
@@ -71,6 +85,7 @@ class SiteMemory:
         """Record that the attempt is now the newest of its run."""
         self._chain.append({"kind": "begin", "run": attempt.run, "order": attempt.order})
         self._newest[attempt.run] = attempt.order
+        self._begin(attempt.run)
 
     def mark_spent(self, attempt: Attempt) -> None:
         """Record in the ledger that the attempt's input counts as sent."""
@@ -81,12 +96,51 @@ class SiteMemory:
         found = self._signed.get(session.hex())
         return None if found is None else bytes.fromhex(found)
 
-    def remember_signed(self, session: bytes, survivors: bytes) -> None:
+    def remember_signed(self, outcome: Outcome) -> None:
         """Record that the site signs this survivor set, and no other of the session ever."""
-        self._chain.append(
-            {"kind": "signed", "session": session.hex(), "survivors": survivors.hex()}
-        )
-        self._signed[session.hex()] = survivors.hex()
+        session, survivors = outcome.session.hex(), outcome.survivors_hash.hex()
+        cohort = list(outcome.survivors)
+        entry = {"kind": "signed", "session": session, "survivors": survivors, "cohort": cohort}
+        self._chain.append(entry)
+        self._signed[session] = survivors
+        self._sign(cohort)
+
+    def cohort(self, attempt: Attempt) -> tuple[int, ...] | None:
+        """The survivors that this site signed in an attempt, if that is its run's newest."""
+        newest = self._newest.get(attempt.run) == attempt.order
+        return self._cohorts.get(attempt.run) if newest else None
+
+    def keep_task(self, attempt: Attempt, adapter: bytes) -> None:
+        """Keep the adapter of a run's last task; durable on return.
+
+        Of many runs those used last are kept.
+        """
+        body = canonical_json([attempt.run, *attempt.order]) + b"\n" + adapter
+        make_private_folder(self._tasks)
+        write_private(self._task_file(attempt.run), self._identity.seal(_TASK, body))
+        kept = sorted(self._tasks.glob("*.signed"), key=lambda path: path.stat().st_mtime_ns)
+        for path in kept[:-_RUNS]:
+            path.unlink()
+
+    def last_task(self, run: str) -> tuple[Attempt, bytes] | None:
+        """Attempt and adapter of a run's last task; None if none is kept.
+
+        Raises:
+            LedgerError: The file is not what this site wrote.
+        """
+        path = self._task_file(run)
+        if not path.exists():
+            return None
+        try:
+            body = open_sealed(self._identity.public_key, _TASK, path.read_bytes())
+        except IdentityError as error:
+            raise LedgerError(
+                f"{path}: is not what this site wrote; remove it, and the journal will say that "
+                "the next sum could not be checked"
+            ) from error
+        head, _, adapter = body.partition(b"\n")
+        name, first, second, third = json.loads(head)
+        return Attempt(run=name, round=first, session=second, attempt=third), adapter
 
     def keep_receipt(self, receipt: Receipt) -> None:
         """Record a receipt that was checked, if it is for a newer line than the one kept."""
@@ -98,3 +152,15 @@ class SiteMemory:
     def remember_released(self, session: bytes) -> None:
         """Record that the site's shares of the session count as released."""
         self._chain.append({"kind": "released", "session": session.hex()})
+
+    def _begin(self, run: str) -> None:
+        self._begun = run
+        self._cohorts.pop(run, None)
+
+    def _sign(self, cohort: list[int]) -> None:
+        """A site has one session at a time: what it signs belongs to the attempt begun last."""
+        if self._begun is not None:
+            self._cohorts[self._begun] = tuple(cohort)
+
+    def _task_file(self, run: str) -> Path:
+        return self._tasks / f"{digest(run).hex()}.signed"

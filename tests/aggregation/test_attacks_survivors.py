@@ -16,6 +16,7 @@ from fedward.aggregation.masks import Words
 from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.transcript import (
+    Outcome,
     SiteFault,
     share_commitment,
     sign,
@@ -24,6 +25,12 @@ from fedward.attempt import Attempt
 from fedward.errors import ProtocolError
 from tests.aggregation.attacker import VICTIM, deliver, open_input, refused, state
 from tests.aggregation.rig import Rig, identity, make_rig
+
+
+def another_set(rig: Rig) -> Outcome:
+    """A survivor set of the session that is not the one to come."""
+    session = rig.tally._cohort.session
+    return Outcome(session=session, survivors=(1, 2, 3, 4, 5), survivors_hash=bytes(32))
 
 
 def headers_of(rig: Rig) -> list[wire.Header]:
@@ -95,7 +102,7 @@ def test_a_second_survivor_set_after_a_restart():
     """The process comes back with its memory alone and is asked to sign another set."""
     rig = make_rig(7)
     headers = headers_of(rig)
-    rig.memories[VICTIM].remember_signed(rig.tally._cohort.session, bytes(32))
+    rig.memories[VICTIM].remember_signed(another_set(rig))
     refused(rig, "R3", wire.encode_survivors(headers), match="another survivor set")
     rig.sessions[VICTIM] = rig.session(VICTIM)
     refused(rig, "R0", rig.tally.request(), match="not newer")

@@ -31,7 +31,7 @@ from tests.aggregation.attacker import VICTIM, deliver, state
 from tests.aggregation.rig import Rig, identity, make_rig, make_roster
 from tests.aggregation.test_attacks_cohort import LOW_ORDER, hellos_of, impostor
 from tests.aggregation.test_attacks_inputs import alone, dealer_sends, envelopes_of
-from tests.aggregation.test_attacks_survivors import headers_of, votes_of
+from tests.aggregation.test_attacks_survivors import another_set, headers_of, votes_of
 
 Attack = Callable[[], bool]
 
@@ -231,7 +231,7 @@ def shrunk_u3() -> bool:
 def second_survivor_set() -> bool:
     rig = make_rig(7)
     headers = headers_of(rig)
-    rig.memories[VICTIM].remember_signed(rig.tally._cohort.session, bytes(32))
+    rig.memories[VICTIM].remember_signed(another_set(rig))
     return answers(rig, "R3", wire.encode_survivors(headers))
 
 

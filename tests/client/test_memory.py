@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from fedward.aggregation.transcript import Outcome
 from fedward.attempt import Attempt
 from fedward.client.memory import SiteMemory
 from fedward.errors import LedgerError, LedgerRolledBack
@@ -16,7 +18,9 @@ from fedward.privacy.ledger import Ledger
 
 IDENTITY, COORDINATOR = Identity(bytes(32)), Identity(bytes([9]) * 32)
 FIRST = Attempt(run="r", round=1)
+ADAPTER = b"an adapter\nof two lines"
 SESSION, ONE, OTHER = bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 32
+OUTCOME = Outcome(session=SESSION, survivors=(0, 2, 3), survivors_hash=ONE)
 
 
 def opened_ledger(folder: Path) -> Ledger:
@@ -59,13 +63,56 @@ def test_everything_is_there_after_a_crash(reopen):
     memory.begin(FIRST)
     memory.begin(Attempt(run="r", round=2, attempt=3))
     memory.begin(Attempt(run="other", round=7))
-    memory.remember_signed(SESSION, ONE)
+    memory.remember_signed(OUTCOME)
     memory.remember_released(SESSION)
     memory = reopen()
     assert memory.newest("r") == (2, 1, 3)
     assert memory.newest("other") == (7, 1, 1)
     assert memory.signed(SESSION) == ONE
     assert memory.signed(OTHER) is None
+
+
+def test_the_cohort_that_was_signed_is_that_of_the_newest_attempt(reopen):
+    memory = reopen()
+    memory.begin(FIRST)
+    assert memory.cohort(FIRST) is None
+    memory.remember_signed(OUTCOME)
+    assert memory.cohort(FIRST) == (0, 2, 3)
+    memory, again = reopen(), Attempt(run="r", round=1, attempt=2)
+    assert memory.cohort(FIRST) == (0, 2, 3)
+    memory.begin(again)
+    assert memory.cohort(FIRST) is memory.cohort(again) is None
+    memory = reopen()
+    assert memory.cohort(FIRST) is memory.cohort(again) is None
+
+
+def test_a_run_s_last_task_is_kept(reopen):
+    memory, second = reopen(), Attempt(run="r", round=2, attempt=3)
+    assert memory.last_task("r") is None
+    memory.keep_task(FIRST, b"old")
+    memory.keep_task(second, ADAPTER)
+    assert reopen().last_task("r") == (second, ADAPTER)
+    assert reopen().last_task("q") is None
+
+
+def test_of_many_runs_those_used_last_are_kept(reopen, tmp_path):
+    memory = reopen()
+    for number, run in enumerate("abcda"):
+        memory.keep_task(Attempt(run=run, round=1), run.encode())
+        os.utime(memory._task_file(run), ns=(number, number))  # file systems' clocks may be coarse
+    memory.keep_task(Attempt(run="e", round=1), b"e")
+    kept = [run for run in "abcde" if memory.last_task(run) is not None]
+    assert kept == ["a", "c", "d", "e"]
+    assert len(list((tmp_path / "tasks").iterdir())) == 4
+
+
+def test_a_task_that_was_changed_on_the_disk_is_refused(reopen):
+    memory = reopen()
+    memory.keep_task(FIRST, ADAPTER)
+    path = memory._task_file("r")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(LedgerError, match="remove it"):
+        memory.last_task("r")
 
 
 def test_sent_is_spent_in_the_ledger_in_the_same_instant(reopen, ledger):
