@@ -13,7 +13,7 @@ class Attempt:
     is newer than every one it has seen.
 
     Args:
-        run: The run's name, 1 to 128 characters.
+        run: The run's name, 1 to 128 printable characters; it stands in logs and terminals.
         round: Round number from 1.
         session: Session of the round from 1.
         attempt: Attempt at the session from 1.
@@ -26,8 +26,8 @@ class Attempt:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        if type(self.run) is not str or not 1 <= len(self.run) <= 128:
-            raise InvalidValue("run", self.run, "1 to 128 characters")
+        if type(self.run) is not str or not 1 <= len(self.run) <= 128 or not self.run.isprintable():
+            raise InvalidValue("run", self.run, "1 to 128 printable characters")
         names = ("round", "session", "attempt")
         for key, value in zip(names, self.order, strict=True):
             if type(value) is not int or not 1 <= value < 2**31:

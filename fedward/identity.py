@@ -6,6 +6,7 @@ bytes signed for one purpose never verify for another. Verification raises; it n
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 
 from fedward.canonical import Json, canonical_json, digest
-from fedward.errors import IdentityError
+from fedward.errors import IdentityError, InvalidValue
 
 _SIGNATURE_BYTES = 64
 _KEY_BYTES = 32
 _ROSTER = "fedward/1/roster"
+_SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MOST_NAME = 64
 
 
 class Identity:
@@ -121,7 +124,8 @@ class Member:
 
     Args:
         id: Site number, 0 to 2^32 - 1, unique in the roster.
-        name: What people call it.
+        name: What people call it, 1 to 64 printable characters: no control character and none that
+            turns the direction of text, because names stand in terminals, logs and reports.
         public_key: Its Ed25519 key, 32 bytes.
     """
 
@@ -133,6 +137,12 @@ class Member:
         """Check every limit."""
         if not 0 <= self.id < 2**32:
             raise IdentityError(f"site id {self.id} is not in 0 .. 2^32 - 1")
+        printable = self.name.isprintable() and self.name == self.name.strip()
+        if not (printable and 1 <= len(self.name) <= _MOST_NAME):
+            raise IdentityError(
+                f"the name of site {self.id} must be 1 to {_MOST_NAME} printable characters, "
+                f"not {self.name[:_MOST_NAME]!r}"
+            )
         if len(self.public_key) != _KEY_BYTES:
             raise IdentityError(f"the key of site {self.name!r} must have {_KEY_BYTES} bytes")
 
@@ -144,7 +154,8 @@ class Roster:
     Args:
         epoch: Grows with every change, 0 to 2^64 - 1; a site refuses an older one.
         coordinator: The coordinator's Ed25519 key, 32 bytes.
-        members: The sites, ordered by id; ids unique, and no key twice, the coordinator's included.
+        members: The sites, ordered by id; ids and names unique, and no key twice, the coordinator's
+            included.
     """
 
     epoch: int
@@ -160,6 +171,8 @@ class Roster:
         ids = [member.id for member in self.members]
         if ids != sorted(set(ids)):
             raise IdentityError("roster members must be ordered by id, each id once")
+        if len({member.name for member in self.members}) != len(ids):
+            raise IdentityError("two of the roster's members share a name")
         keys = {self.coordinator, *(member.public_key for member in self.members)}
         if len(keys) != 1 + len(ids):
             raise IdentityError("two of the roster's members and coordinator share a key")
@@ -187,6 +200,16 @@ class Roster:
         return self.member(site).public_key
 
 
+def check_site_name(name: str) -> None:
+    """Refuse a name that a hospital's site cannot have: one for files, rosters and a telephone.
+
+    Raises:
+        InvalidValue: Not 1 to 64 of letters, digits, ``.``, ``_`` and ``-``.
+    """
+    if _SITE.fullmatch(name) is None:
+        raise InvalidValue("name", name, "1 to 64 letters, digits, '.', '_' or '-'")
+
+
 def fingerprint(public_key: bytes) -> str:
     """What two people read to each other on the telephone: 128 bits of a key's SHA-256.
 
@@ -212,7 +235,8 @@ def open_roster(sealed: bytes, coordinator: bytes) -> Roster:
     """Read a roster that this coordinator has signed, and that names it.
 
     Raises:
-        IdentityError: The signature does not hold, or what was signed is no roster of its own.
+        IdentityError: The signature does not hold, what was signed is no roster of its own, or a
+            site's name is not as :func:`check_site_name` has it.
     """
     body = open_sealed(coordinator, _ROSTER, sealed)
     try:
@@ -225,7 +249,11 @@ def open_roster(sealed: bytes, coordinator: bytes) -> Roster:
                 for site, name, key in facts["members"]
             ),
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        for member in roster.members:
+            check_site_name(member.name)
+    except InvalidValue as error:
+        raise IdentityError(f"the roster names a site that cannot be one: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IdentityError("what the coordinator signed is not a roster") from error
     if roster.coordinator != coordinator:
         raise IdentityError("the roster names another coordinator than the one that signed it")

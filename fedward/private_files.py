@@ -24,6 +24,16 @@ def write_private(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+    _sync_folder(path)
+
+
+def remove_durably(path: Path) -> None:
+    """Remove a file; no crash brings it back after the return."""
+    path.unlink()
+    _sync_folder(path)
+
+
+def _sync_folder(path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -5,8 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from fedward.errors import IdentityError
-from fedward.identity import Identity, Member, Roster, open_sealed, verify, verify_raw
+from fedward.attempt import Attempt
+from fedward.canonical import Json, canonical_json
+from fedward.errors import IdentityError, InvalidValue
+from fedward.identity import (
+    Identity,
+    Member,
+    Roster,
+    open_roster,
+    open_sealed,
+    seal_roster,
+    verify,
+    verify_raw,
+)
 
 # RFC 8032 section 7.1, tests 1 to 3: seed, public key, message, signature.
 RFC_8032 = [
@@ -168,8 +179,8 @@ def test_a_member_is_found_by_id():
         roster().key(3)
 
 
-def member(number: int, key: int) -> Member:
-    return Member(id=number, name="site", public_key=identity(key).public_key)
+def member(number: int, key: int, name: str | None = None) -> Member:
+    return Member(id=number, name=name or f"{number} {key}", public_key=identity(key).public_key)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +190,21 @@ def member(number: int, key: int) -> Member:
         {"members": (member(2, 2), member(1, 1))},
         {"members": (member(1, 1), member(2, 1))},
         {"members": (member(1, 1), member(2, 9))},
+        {"members": (member(1, 1, "north"), member(2, 2, "north"))},
         {"coordinator": bytes(31)},
         {"epoch": -1},
         {"epoch": 2**64},
     ],
-    ids=["id twice", "order", "key twice", "coordinator's key", "short key", "epoch", "epoch"],
+    ids=[
+        "id twice",
+        "order",
+        "key twice",
+        "coordinator's key",
+        "name twice",
+        "short key",
+        "epoch",
+        "epoch",
+    ],
 )
 def test_a_roster_that_does_not_hold_is_refused(change):
     with pytest.raises(IdentityError):
@@ -199,3 +220,46 @@ def test_a_roster_at_the_limits_of_its_epoch_is_hashed(epoch):
 def test_a_member_that_does_not_hold_is_refused(change):
     with pytest.raises(IdentityError):
         replace(member(1, 1), **change)
+
+
+UNFIT = ["", " a", "a ", "x" * 65, "a\nb", "a\x1b[2J", "north\u202ehtuos", "a\u200bb", "a\ud800"]
+"""Names that would move a terminal's cursor, turn its text round, or hide in it."""
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_name_that_cannot_be_shown_is_no_member_s(name):
+    with pytest.raises(IdentityError, match="1 to 64 printable characters") as caught:
+        replace(member(1, 1), name=name)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["St Mary", "n\u043erth", "../x", "-x"])
+def test_a_roster_from_outside_names_sites_as_sites_are_named(name):
+    """The second one's o is a Cyrillic letter."""
+    coordinator = identity(9)
+    given = replace(
+        roster(), coordinator=coordinator.public_key, members=(member(1, 1, "St.Mary_2-b"),)
+    )
+    assert open_roster(seal_roster(given, coordinator), coordinator.public_key) == given
+    odd = replace(given, members=(member(1, 1, name),))
+    with pytest.raises(IdentityError, match="names a site that cannot be one"):
+        open_roster(seal_roster(odd, coordinator), coordinator.public_key)
+
+
+@pytest.mark.parametrize("name", [7, None, ["a"]])
+def test_a_name_that_is_no_text_is_no_roster_s(name):
+    coordinator = identity(9)
+    member = [1, name, identity(1).public_key.hex()]
+    facts: dict[str, Json] = {
+        "epoch": 1, "coordinator": coordinator.public_key.hex(), "members": [member]
+    }  # fmt: skip
+    sealed = coordinator.seal("fedward/1/roster", canonical_json(facts))
+    with pytest.raises(IdentityError, match="not a roster"):
+        open_roster(sealed, coordinator.public_key)
+
+
+@pytest.mark.parametrize("run", ["", "x" * 129, "a\nb", "a\u202eb", "a\x1b[31m", 7])
+def test_a_run_s_name_can_be_shown(run):
+    with pytest.raises(InvalidValue, match="printable characters"):
+        Attempt(run=run, round=1)
+    assert Attempt(run="Notizen für 2027", round=1).run

@@ -1,7 +1,8 @@
 """Which plans somebody at the site has approved, and whether a plan may be trained at all.
 
 An approval is a file that the site's key has signed. It binds plan, base model, policy and data
-source: after a change of any of them nothing is approved until somebody says so again.
+source (name, path, unit and columns): after a change of any of them nothing is approved until
+somebody says so again.
 """
 
 import dataclasses
@@ -12,13 +13,14 @@ from pathlib import Path
 
 from fedward import typed_toml
 from fedward.canonical import canonical_json
+from fedward.client.data_sources import load_source
 from fedward.client.journal import journal_command
 from fedward.client.policy import Policy, load_policy
 from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError, IdentityError, PolicyRefusal
 from fedward.identity import open_sealed, verify
 from fedward.plan import Plan, from_json, load_plan
-from fedward.private_files import write_private
+from fedward.private_files import remove_durably, write_private
 
 _PURPOSE = "fedward/1/approval"
 _PLAN_SIGNATURE = "fedward/1/plan"
@@ -34,6 +36,7 @@ class Approval:
         model: Digest of its base model.
         policy: Hex hash of the policy under which it was approved.
         dataset: The data source.
+        source: Hex hash of the data source's declaration.
         who: Who approved it, as the operating system says.
         when: ISO 8601 with a zone.
         signer: Key (hex) of the signer that signed the plan; None: nobody but the coordinator.
@@ -43,6 +46,7 @@ class Approval:
     model: str
     policy: str
     dataset: str
+    source: str
     who: str
     when: str
     signer: str | None = None
@@ -83,7 +87,12 @@ class Consent:
         else:
             approval = find_approval(self._folder, plan, self.policy)
             lacking = list(_lacking(plan, self.policy, approval))
+            names = self.policy.datasets if approval is None else (approval.dataset,)
+            if len(names) == 1:
+                reasons += _source_reasons(self._folder, plan, self.policy, names[0])
             reasons += _changed(self._folder, self.policy)
+            if self._folder.paused.exists():
+                reasons.append("this site is paused: fedward site resume")
             if lacking and not _standing(plan, self.policy, now):
                 _keep_waiting(self._folder, plan)
         if reasons or lacking:
@@ -91,8 +100,6 @@ class Consent:
         return approval
 
 
-            if self._folder.paused.exists():
-                reasons.append("this site is paused: fedward site resume")
 def _standing(plan: Plan, policy: Policy, now: datetime | None) -> list[str]:
     """The reasons against a plan that do not pass with the hour."""
     return list(dataclasses.replace(policy, hours=()).reasons(plan, now))
@@ -108,6 +115,14 @@ def _lacking(plan: Plan, policy: Policy, approval: Approval | None) -> list[str]
     if policy.signers and (approval is None or approval.signer not in policy.signers):
         found.append("none of signers has signed it: fedward site approve with --signature")
     return found
+
+
+def _source_reasons(folder: SiteFolder, plan: Plan, policy: Policy, name: str) -> list[str]:
+    """The reasons against training a plan on one data source."""
+    try:
+        return list(policy.source_reasons(plan, load_source(folder, name)))
+    except ConfigurationError as error:
+        return [str(error)]
 
 
 def _changed(folder: SiteFolder, policy: Policy) -> list[str]:
@@ -145,14 +160,16 @@ def approve(
         IdentityError: The signature is by none of the signers.
     """
     policy = load_policy(folder.policy)
-    reasons = _standing(plan, policy, now)
+    name = _dataset(policy, dataset)
+    reasons = [*_standing(plan, policy, now), *_source_reasons(folder, plan, policy, name)]
     if reasons:
         raise PolicyRefusal(reasons)
     approval = Approval(
         plan=plan.hash().hex(),
         model=str(plan.model.sha256),
         policy=policy.hash().hex(),
-        dataset=_dataset(policy, dataset),
+        dataset=name,
+        source=load_source(folder, name).hash().hex(),
         who=who,
         when=now.isoformat(timespec="seconds"),
         signer=None if signature is None else _signer(plan, policy, signature),
@@ -167,7 +184,7 @@ def approve(
 
 
 def withdraw(folder: SiteFolder, plan: str) -> None:
-    """Take an approval back: from the next task on the plan is refused.
+    """Take an approval back, durably: from the next task on the plan is refused.
 
     Args:
         folder: The site's.
@@ -179,7 +196,7 @@ def withdraw(folder: SiteFolder, plan: str) -> None:
     paths = [p for p in folder.approvals.glob("*.signed") if p.stem.startswith(plan)]
     if len(paths) != 1:
         raise ConfigurationError(f"{len(paths)} approved plans start with {plan!r}; expected one")
-    paths[0].unlink()
+    remove_durably(paths[0])
 
 
 def find_approval(folder: SiteFolder, plan: Plan, policy: Policy) -> Approval | None:
@@ -198,11 +215,17 @@ def find_approval(folder: SiteFolder, plan: Plan, policy: Policy) -> Approval | 
         raise IdentityError(f"{path}: is not an approval of this site; remove it") from error
     bound = (plan.hash().hex(), plan.model.sha256, policy.hash().hex())
     holds = bound == (approval.plan, approval.model, approval.policy)
-    return approval if holds and approval.dataset in policy.datasets else None
+    if not holds or approval.dataset not in policy.datasets:
+        return None
+    try:
+        source = load_source(folder, approval.dataset)
+    except ConfigurationError:
+        return None
+    return approval if source.hash().hex() == approval.source else None
 
 
 def dataset_of(folder: SiteFolder, plan: Plan) -> str:
-    """The data source that a plan is trained on: the approval's, or the policy's only one.
+    """The data source that a plan would be trained on: the approval's, or the policy's only one.
 
     Raises:
         ConfigurationError: Neither.
@@ -210,6 +233,23 @@ def dataset_of(folder: SiteFolder, plan: Plan) -> str:
     policy = load_policy(folder.policy)
     approval = find_approval(folder, plan, policy)
     return approval.dataset if approval is not None else _dataset(policy, None)
+
+
+def approved_source(folder: SiteFolder, plan: Plan) -> tuple[str, bytes]:
+    """Name and hash of the data source that a plan may be trained on.
+
+    Raises:
+        PolicyRefusal: Nobody has approved the plan, or what it was approved for has changed.
+        ConfigurationError: There is no such source.
+    """
+    policy = load_policy(folder.policy)
+    approval = find_approval(folder, plan, policy)
+    if approval is not None:
+        return approval.dataset, bytes.fromhex(approval.source)
+    if not policy.automatic:
+        raise PolicyRefusal(list(_lacking(plan, policy, None)))
+    name = _dataset(policy, None)
+    return name, load_source(folder, name).hash()
 
 
 def waiting_plans(folder: SiteFolder) -> list[Plan]:

@@ -69,12 +69,19 @@ def init(
 @site_app.command()
 def enrol(
     word: Annotated[
-        str, typer.Argument(metavar="TOKEN", help="The token; - reads it from standard input.")
+        str,
+        typer.Argument(
+            metavar="TOKEN",
+            help="The token; - asks for it, or reads it from a pipe or file (< FILE).",
+        ),
     ] = "-",
     site: SiteOption = DEFAULT_SITE,
     json_output: JsonOption = False,
 ) -> None:
     """Become a member with a token of the coordinator's, and pin its roster.
+
+    The token admits whoever has it first. As an argument, others on this machine can see it while
+    the command runs, and the shell remembers it: leave it out, and it is asked for.
 
     Compare both fingerprints with the coordinator on the telephone before you go on.
     """
@@ -84,7 +91,10 @@ def enrol(
 
     folder = SiteFolder.load(site)
     journal_command(folder, "enrols", {"who": who()})
-    roster = enrol_site(folder, sys.stdin.read() if word == "-" else word)
+    if word == "-":
+        asked = sys.stdin.isatty()
+        word = typer.prompt("token", hide_input=True) if asked else sys.stdin.read()
+    roster = enrol_site(folder, word)
     own, theirs = (fingerprint(key) for key in (folder.identity().public_key, roster.coordinator))
     journal_command(folder, "enrolled", {"coordinator": theirs, "epoch": roster.epoch})
     if json_output:
@@ -142,25 +152,46 @@ def add_data(
     site: SiteOption = DEFAULT_SITE,
     map_: Annotated[
         list[str] | None,
-        typer.Option("--map", metavar="PLAN=OWN", help="The file's own name of a plan's column."),
+        typer.Option(
+            "--map",
+            metavar="PLAN=OWN",
+            help="A column that plans may read: their name and the file's, or one for both.",
+        ),
     ] = None,
     unit: Annotated[
         str | None, typer.Option(help="The file's column that names the patient.")
     ] = None,
+    unit_is_record: Annotated[
+        bool,
+        typer.Option("--unit-is-record", help="Protect each row by itself, not each patient."),
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Name a set of records, after a look at its columns and a count."""
-    from fedward.client.data_sources import Columns, DataSource, add_source
-    from fedward.client.journal import journal_command
+    """Name a set of records, after a look at its columns and a count.
 
-    folder, pairs = SiteFolder.load(site), [text.partition("=") for text in map_ or ()]
-    for plan_name, _, own in pairs:
-        if not (plan_name and own):
-            raise ConfigurationError(f"--map {plan_name}: expected PLAN=OWN, like --map text=note")
+    Whom privacy protects has to be said: --unit, or else --unit-is-record. A plan reads no column
+    but those of --map.
+    """
+    from fedward.client.data_sources import Columns, DataSource
+    from fedward.client.journal import journal_command
+    from fedward.client.site_records import add_source
+
+    folder, names = SiteFolder.load(site), dict[str, str]()
+    for text in map_ or ():
+        plan_name, equals, own = text.partition("=")
+        names[plan_name] = own if equals else plan_name
+        if not (plan_name and names[plan_name]):
+            raise ConfigurationError(f"--map {text}: expected PLAN=OWN, like --map text=note")
+    if (unit is not None) == unit_is_record:
+        raise ConfigurationError(
+            "say whom privacy protects: --unit COLUMN, the column that names the patient, or else "
+            "--unit-is-record, where no patient has two rows or rows alone are to be protected"
+        )
     source = DataSource(
         path=str(path.resolve()),
         unit=unit,
-        columns=Columns(names={plan_name: own for plan_name, _, own in pairs}),
+        unit_is_record=unit_is_record,
+        columns=Columns(names=names),
     )
     facts = add_source(folder, name, source)
     journal_command(folder, "data added", {"who": who(), "name": name})
@@ -170,9 +201,13 @@ def add_data(
     held_out = "" if facts.held_out is None else f", {facts.held_out} in its test file"
     typer.echo(f"{name}: {facts.rows} rows{held_out}; columns {', '.join(facts.columns)}")
     if facts.units is None:
-        typer.echo("no --unit: a plan's own column says who a patient is, or each row counts alone")
+        typer.echo("each row is protected by itself: the policy has to allow it with units")
     else:
         typer.echo(f"{facts.units} patients; {facts.without_unit} rows name none and are left out")
+    if facts.unreadable:
+        typer.echo(f"{facts.unreadable} rows cannot be read and are left out")
+    if not names:
+        typer.echo("no --map: no plan may read a column of it")
     typer.echo(f'next: datasets = ["{name}"] in policy.toml')
 
 
@@ -189,7 +224,7 @@ def list_data(site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False) 
         return
     for name, source in found.items():
         names = ", ".join(f"{plan}={own}" for plan, own in source.columns.names.items())
-        typer.echo(f"{name}: {source.path}; patient {source.unit or 'as the plan says'}; {names}")
+        typer.echo(f"{name}: {source.path}; unit {source.unit or 'each row'}; {names}")
 
 
 @model_app.command("add")

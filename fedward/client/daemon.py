@@ -19,7 +19,7 @@ from fedward.client.journal import Journal, verify_journal
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import load_policy
 from fedward.client.site_folder import SiteFolder
-from fedward.client.trainer import Trainer
+from fedward.client.training import Trainer
 from fedward.errors import ConfigurationError, IdentityError, Unreachable
 from fedward.privacy.ledger import Ledger
 

@@ -1,8 +1,9 @@
 """What a site trains on: named data sources in its own words, and base models by digest.
 
 A plan names columns in its own words and a model by its digest. Where the records lie, what their
-columns are called and in which folder a model is, only the site says; the plan's path of the model
-is never used.
+columns are called, who a patient is and in which folder a model is, only the site says; the plan's
+path of the model is never used. Nothing here opens a record (:mod:`fedward.client.site_records`
+does), because the agent reads these declarations too.
 """
 
 import dataclasses
@@ -13,25 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from fedward import typed_toml
-from fedward.client.site_folder import SiteFolder, check_site_name
+from fedward.canonical import canonical_json, digest
+from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError, InvalidValue, ModelError
 from fedward.plan import Plan
-from fedward.private_files import write_private
-from fedward.tuning.records import (
-    Records,
-    check_column,
-    find_splits,
-    hold_out,
-    read_records,
-    read_table,
-)
-
-_HELD_OUT_SEED = 0
+from fedward.tuning.columns import example_columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """``[columns]``: the plan's name of a column = the file's own name of it."""
+    """``[columns]``: the plan's name of a column = the file's own name of it.
+
+    These are all that a plan may read.
+    """
 
     names: Mapping[str, Any] = field(default_factory=dict, metadata={typed_toml.REST: True})
 
@@ -48,67 +43,31 @@ class DataSource:
 
     Args:
         path: A file, or a folder with train and test, as JSONL, CSV or Parquet.
-        unit: The file's column that names the patient. It holds for every plan, also for one that
-            would protect rows only; left out, the plan's own column counts.
-        columns: What the file calls the plan's columns.
+        unit: The file's column that names the patient. It holds for every plan, whatever the plan's
+            own unit is.
+        unit_is_record: Said in place of ``unit`` where each record is protected by itself: either
+            no patient has two, or the site accepts that those who do lose more.
+        columns: What the file calls the plan's columns; no other is read.
     """
 
     path: str
     unit: str | None = None
+    unit_is_record: bool = False
     columns: Columns = field(default_factory=Columns)
 
+    def __post_init__(self) -> None:
+        """Whom privacy protects must have been said."""
+        if (self.unit is not None) == self.unit_is_record:
+            allowed = "the column that names the patient, or else unit_is_record = true"
+            raise InvalidValue("unit", self.unit, allowed)
 
-@dataclass(frozen=True, kw_only=True)
-class SourceFacts:
-    """What a look at a source found; it stays at the site.
+    def undeclared(self, plan: Plan) -> list[str]:
+        """The columns that a plan would read and that are not in ``[columns]``."""
+        return [column for column in example_columns(plan) if column not in self.columns.names]
 
-    Args:
-        rows: Rows of the training file.
-        units: Patients, where the source names a unit.
-        without_unit: Rows that name no patient; training leaves them out.
-        columns: The file's own columns.
-        held_out: Rows of a test file; None where there is none.
-    """
-
-    rows: int
-    units: int | None
-    without_unit: int
-    columns: tuple[str, ...]
-    held_out: int | None
-
-
-def look(source: DataSource) -> SourceFacts:
-    """Read a source once, and count.
-
-    Raises:
-        DataError: It cannot be read, is empty, or lacks a column that the source names.
-    """
-    splits = find_splits(Path(source.path))
-    rows = read_table(splits["train"])
-    unit = source.unit
-    for column in [*source.columns.names.values(), *([unit] if unit else [])]:
-        check_column(column, rows[0], splits["train"])
-    owners = [row[unit] for row in rows if row[unit] not in (None, "")] if unit else []
-    return SourceFacts(
-        rows=len(rows),
-        units=len({str(owner) for owner in owners}) if unit else None,
-        without_unit=len(rows) - len(owners) if unit else 0,
-        columns=tuple(rows[0]),
-        held_out=len(read_table(splits["test"])) if "test" in splits else None,
-    )
-
-
-def add_source(folder: SiteFolder, name: str, source: DataSource) -> SourceFacts:
-    """Look at a source and keep it under a name; a source of that name is replaced.
-
-    Raises:
-        InvalidValue: The name is not 1 to 64 letters, digits, ``.``, ``_`` or ``-``.
-        DataError: See :func:`look`.
-    """
-    check_site_name(name)
-    facts = look(source)
-    write_private(folder.data / f"{name}.toml", typed_toml.dump(source).encode())
-    return facts
+    def hash(self) -> bytes:
+        """32 bytes that an approval binds: another path, unit or column asks for a new one."""
+        return digest("data source", canonical_json(dataclasses.asdict(self)))
 
 
 def load_source(folder: SiteFolder, name: str) -> DataSource:
@@ -131,44 +90,6 @@ def source_names(folder: SiteFolder) -> list[str]:
     return sorted(path.stem for path in folder.data.glob("*.toml"))
 
 
-def site_records(
-    source: DataSource, plan: Plan, *, held_out: float = 0.0
-) -> tuple[Records, Records | None]:
-    """The records of a source as a plan needs them: for training, and kept apart.
-
-    Args:
-        source: Where they are and what the columns are called.
-        plan: Names the columns.
-        held_out: Share of the patients that is kept apart where there is no test file.
-
-    Returns:
-        Training and held-out records, in the plan's words; None where none are kept apart.
-
-    Raises:
-        DataError: See :func:`fedward.tuning.records.read_records`.
-    """
-    local, names = _localised(source, plan)
-    splits = find_splits(Path(source.path))
-    train = read_records(splits["train"], local, names, show_columns=False)
-    if "test" in splits:
-        return train, read_records(splits["test"], local, names, show_columns=False)
-    if held_out == 0:
-        return train, None
-    rest, apart = hold_out(train, held_out, _HELD_OUT_SEED)
-    return rest, apart if apart.units else None
-
-
-def _localised(source: DataSource, plan: Plan) -> tuple[Plan, dict[str, str]]:
-    """The plan without what only simulations have, and the file's name of each column."""
-    names = dict(source.columns.names)
-    unit = plan.data.unit
-    if source.unit is not None:
-        unit = unit or source.unit  # a plan for rows is read for patients: that protects more
-        names[unit] = source.unit
-    data = dataclasses.replace(plan.data, unit=unit, site=None, split=None)
-    return dataclasses.replace(plan, data=data), names
-
-
 def add_model(folder: SiteFolder, path: Path) -> str:
     """Link a base model's folder under its digest; returns the digest.
 
@@ -177,11 +98,11 @@ def add_model(folder: SiteFolder, path: Path) -> str:
     """
     from fedward.tuning.models import fingerprint  # loads torch, which reading records does not
 
-    digest = fingerprint(path)
-    link = folder.models / digest
+    found = fingerprint(path)
+    link = folder.models / found
     link.unlink(missing_ok=True)
     link.symlink_to(path.resolve(), target_is_directory=True)
-    return digest
+    return found
 
 
 def model_folder(folder: SiteFolder, plan: Plan) -> Path:
@@ -190,11 +111,11 @@ def model_folder(folder: SiteFolder, plan: Plan) -> Path:
     Raises:
         ModelError: The plan names no digest, or there is no such model here.
     """
-    digest = plan.model.sha256 or ""
-    path = folder.models / digest
-    if not re.fullmatch("[0-9a-f]{64}", digest) or not path.is_dir():
+    name = plan.model.sha256 or ""
+    path = folder.models / name
+    if not re.fullmatch("[0-9a-f]{64}", name) or not path.is_dir():
         raise ModelError(
-            f"the base model {digest or 'without a digest'} is not in {folder.models}; add its "
+            f"the base model {name or 'without a digest'} is not in {folder.models}; add its "
             "folder with fedward site model add FOLDER"
         )
     return path

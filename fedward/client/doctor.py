@@ -13,12 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedward.client.data_sources import load_source, look
+from fedward.client.data_sources import load_source
 from fedward.client.enrol import own_membership, pinned_roster, waiting_roster
 from fedward.client.policy import Policy, load_policy
 from fedward.client.reach import Finding, reach
 from fedward.client.sandbox import offline_environment
 from fedward.client.site_folder import SiteConfig, SiteFolder
+from fedward.client.site_records import look
 from fedward.errors import ConfigurationError, DataError, FedwardError, ModelError
 from fedward.privacy.ledger import read_books
 from fedward.private_files import check_private
@@ -218,10 +219,17 @@ def check_datasets(folder: SiteFolder, policy: Policy) -> Iterator[Finding]:
             continue
         says = f"{facts.rows} rows"
         if facts.units is None:
+            judge = Finding.warn if "record" in policy.units else Finding.fail
+            yield judge(
+                name,
+                f"{says}, each protected by itself, not each patient",
+                "fedward site data add with --unit COLUMN, or units in policy.toml",
+            )
+        elif facts.unreadable:
             yield Finding.warn(
                 name,
-                f"{says}; nothing says which rows are one patient's",
-                "give --unit COLUMN to fedward site data add",
+                f"{says}, and {facts.unreadable} that cannot be read",
+                "they are left out: a line that is no JSON, or has more or fewer fields; mend them",
             )
         elif facts.without_unit:
             yield Finding.warn(

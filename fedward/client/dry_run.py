@@ -21,12 +21,13 @@ from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.tally import Tally
 from fedward.attempt import Attempt
+from fedward.client.data_sources import load_source
 from fedward.client.enrol import own_membership, pinned_roster
 from fedward.client.policy import load_policy
 from fedward.client.site_folder import SiteFolder
 from fedward.client.site_trainer import trainer_maker
-from fedward.client.trainer import TrainRequest
-from fedward.errors import SiteCode
+from fedward.client.training import TrainRequest
+from fedward.errors import DataError, SiteCode
 from fedward.identity import Identity, Roster
 from fedward.messages import Letter
 from fedward.plan import Plan
@@ -96,6 +97,8 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
     roster, policy = pinned_roster(folder), load_policy(folder.policy)
     begin = time.monotonic()
     trainer = trainer_maker(folder)(plan, dataset, lambda _: None)
+    if not trainer.units:
+        raise DataError(f"data source {dataset!r} has no records that fit the plan")
     tuned, attempt = trainer.tuned(plan), Attempt(run="dry-run", round=1)
     request = TrainRequest(
         plan=plan, attempt=attempt, draw=0, adapter=tuned.start, layout=tuned.layout
@@ -124,7 +127,10 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
     return DryRun(
         plan=plan.hash().hex(),
         dataset=dataset,
-        refused=tuple(policy.reasons(plan)),
+        refused=(
+            *policy.reasons(plan),
+            *policy.source_reasons(plan, load_source(folder, dataset)),
+        ),
         bytes_out=_letters(plan, roster, own_membership(folder, roster).id) + words,
         update_bytes=words,
         epsilon_round=epsilon(events, policy.delta),

@@ -3,13 +3,15 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
+from typing import Literal
 
 from fedward import typed_toml
 from fedward.canonical import canonical_json, digest
+from fedward.client.data_sources import DataSource
 from fedward.client.hours import parse_window
 from fedward.errors import InvalidValue, PolicyRefusal
 from fedward.plan import Plan
@@ -49,16 +51,23 @@ class Policy:
         methods: Accepted PEFT methods.
         frozen: Names of modules that no plan may train.
         heads: The only modules that a plan may train whole (``modules_to_save``).
+        quantize: Accepted ways of holding the frozen base.
         datasets: Names of the data sources that may be trained on; with several, each approval
             names one.
+        units: Whom the data sources may protect: ``patient``, and ``record`` where single records
+            are enough.
         minimum: Fewest sites in a sum, at least 3.
         colluders: Colluding sites that the plan must allow for, 0 or more.
         clip: Range of the plan's ``clip``.
         normaliser: Range of the plan's ``normaliser``.
         learning_rate: Range of the plan's ``learning_rate``.
         update_clip: Range of the plan's ``update_clip``.
+        sampling_rate: Range of the plan's ``sampling_rate``.
         max_steps: Most local steps a round, at least 1.
         max_length: Most tokens of an example, at least 8.
+        max_records_per_unit: Most of the plan's ``records_per_unit``, at least 1.
+        max_letter: Most MiB of one letter of the coordinator's, at least 1: the adapter, and
+            beside it the last sum.
         gpu_memory: Most GiB of GPU memory that the trainer takes, above 0.
         hours: Windows of local time in which a round may start, like ``mon-fri 20:00-06:00``;
             empty: always.
@@ -79,15 +88,20 @@ class Policy:
     methods: tuple[str, ...] = ("lora",)
     frozen: tuple[str, ...] = EMBEDDINGS
     heads: tuple[str, ...] = ("score", "classifier")
+    quantize: tuple[str, ...] = ("none", "nf4", "int8")
     datasets: tuple[str, ...] = ()
+    units: tuple[Literal["patient", "record"], ...] = ("patient",)
     minimum: int = 3
     colluders: int = 0
     clip: tuple[float, ...] = (0.0, math.inf)
     normaliser: tuple[float, ...] = (0.0, math.inf)
     learning_rate: tuple[float, ...] = (0.0, math.inf)
     update_clip: tuple[float, ...] = (0.0, math.inf)
+    sampling_rate: tuple[float, ...] = (0.0, 1.0)
     max_steps: int = 10000
     max_length: int = 131072
+    max_records_per_unit: int = 1000
+    max_letter: int = 1024
     gpu_memory: float | None = None
     hours: tuple[str, ...] = ()
     signers: tuple[str, ...] = ()
@@ -104,14 +118,15 @@ class Policy:
             raise InvalidValue("delta", self.delta, "above 0 and below 0.1")
         if self.gpu_memory is not None and not self.gpu_memory > 0:
             raise InvalidValue("gpu_memory", self.gpu_memory, "GiB above 0")
-        lowest = {"max_rounds": 1, "minimum": 3, "colluders": 0, "max_steps": 1, "max_length": 8}
+        ones = ("max_rounds", "max_steps", "max_records_per_unit", "max_letter")
+        lowest = {"minimum": 3, "colluders": 0, "max_length": 8, **dict.fromkeys(ones, 1)}
         for key, low in lowest.items():
             if vars(self)[key] < low:
                 raise InvalidValue(key, vars(self)[key], f"at least {low}")
         self._check_lists()
 
     def _check_lists(self) -> None:
-        for key in ("clip", "normaliser", "learning_rate", "update_clip"):
+        for key in ("clip", "normaliser", "learning_rate", "update_clip", "sampling_rate"):
             bounds = vars(self)[key]
             if len(bounds) != 2 or not bounds[0] <= bounds[1]:
                 raise InvalidValue(key, list(bounds), "two numbers, the smaller first")
@@ -150,6 +165,13 @@ class Policy:
         yield from self._trained_modules(plan)
         yield from self._time(now)
 
+    def source_reasons(self, plan: Plan, source: DataSource) -> Iterator[str]:
+        """Every reason against training a plan on a data source."""
+        if source.unit_is_record and "record" not in self.units:
+            yield "the data source protects single records, and 'record' is not in units"
+        for column in source.undeclared(plan):
+            yield f"it reads column {column!r}, which the data source does not declare"
+
     def _spending(self, plan: Plan) -> Iterator[str]:
         privacy, rounds, cohort = plan.privacy, plan.rounds, plan.cohort
         epsilon = privacy.epsilon + (plan.metrics.epsilon if plan.metrics else 0.0)
@@ -168,26 +190,31 @@ class Policy:
     def _training(self, plan: Plan) -> Iterator[str]:
         if plan.model.sha256 not in self.models:
             yield f"the base model {plan.model.sha256} is not in models"
-        for name, value, allowed in (
-            ("mode", plan.mode, self.modes),
-            ("objective", plan.task.objective, self.objectives),
-            ("method", plan.tuner.method, self.methods),
+        for name, value, key in (
+            ("mode", plan.mode, "modes"),
+            ("objective", plan.task.objective, "objectives"),
+            ("method", plan.tuner.method, "methods"),
+            ("quantisation", plan.model.quantize, "quantize"),
         ):
-            if value not in allowed:
-                yield f"{name} {value!r} is not in {name}s"
+            if value not in vars(self)[key]:
+                yield f"{name} {value!r} is not in {key}"
         for key, number in (
             ("clip", plan.privacy.clip),
             ("normaliser", plan.rounds.normaliser),
             ("learning_rate", plan.rounds.learning_rate),
             ("update_clip", plan.aggregation.update_clip),
+            ("sampling_rate", plan.rounds.sampling_rate),
         ):
             low, high = vars(self)[key]
             if not low <= number <= high:
                 yield f"{key} {number:g} is not in {low:g} to {high:g}"
-        if plan.rounds.steps > self.max_steps:
-            yield f"{plan.rounds.steps} steps a round are above max_steps = {self.max_steps}"
-        if plan.task.max_length > self.max_length:
-            yield f"{plan.task.max_length} tokens are above max_length = {self.max_length}"
+        for what, count, key in (
+            ("steps a round", plan.rounds.steps, "max_steps"),
+            ("tokens", plan.task.max_length, "max_length"),
+            ("records of a unit", plan.privacy.records_per_unit, "max_records_per_unit"),
+        ):
+            if count > vars(self)[key]:
+                yield f"{count} {what} are above {key} = {vars(self)[key]}"
 
     def _trained_modules(self, plan: Plan) -> Iterator[str]:
         """What the plan would train, as far as its words tell; the trainer checks the model too."""
@@ -202,6 +229,7 @@ class Policy:
         for name in _names(given.get("modules_to_save")):
             if name.rpartition(".")[2] not in self.heads:
                 yield f"it would train {name!r} whole, which is not in heads"
+        yield from _patterns(given)
         if given.get("trainable_token_indices") and self.frozen:
             yield "it would train token embeddings (trainable_token_indices)"
 
@@ -217,6 +245,27 @@ def _names(value: object) -> list[str]:
     if value is None:
         return []
     return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def _patterns(given: Mapping[str, object]) -> Iterator[str]:
+    """PEFT takes many of its names for patterns, and some patterns never come to an end."""
+    for key, value in given.items():
+        if key == "target_modules" and isinstance(value, str):
+            continue  # refused as a pattern already
+        for text in _texts(value):
+            if not re.fullmatch(r"[\w.-]{1,200}", text, re.ASCII):
+                yield f"{key} holds {text!r}; expected plain names"
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a value of a plan, keys of tables included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _day(text: str) -> date:

@@ -19,17 +19,22 @@ import numpy.typing as npt
 from fedward.aggregation.planned import METRIC_SLOTS
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
-from fedward.client.approval import dataset_of
+from fedward.client.approval import approved_source
 from fedward.client.sandbox import offline_environment
 from fedward.client.site_folder import SiteFolder
-from fedward.client.trainer import Scores, TrainRequest, TrainResult
 from fedward.client.trainer_process import TrainerProcess
-from fedward.client.trainer_service import OPTIONS, PART_BYTES
+from fedward.client.training import Scores, TrainRequest, TrainResult
 from fedward.errors import ConfigurationError, DataError, FedwardError, ModelError, PrivacyError
 from fedward.plan import Plan
 from fedward.tuning.vector import dimension, layout_to_bytes
 
 _LOG = logging.getLogger(__name__)
+
+PART_BYTES = 1 << 20
+"""Most bytes of an adapter or a vector in one message."""
+
+OPTIONS = (("grpc.max_receive_message_length", 4 << 20), ("grpc.max_metadata_size", 8192))
+"""Of both ends of the socket."""
 
 _T = TypeVar("_T")
 
@@ -51,13 +56,13 @@ _LOST = {grpc.StatusCode.DEADLINE_EXCEEDED: "it took longer than the plan's dead
 
 
 class RemoteTrainer:
-    """The :class:`~fedward.client.trainer.Trainer` of another process.
+    """The :class:`~fedward.client.training.Trainer` of another process.
 
     Args:
         socket: The trainer's Unix socket.
         process: The child that listens there; None where something else supervises it.
-        dataset: Which of the site's data sources a plan is trained on; left out, the trainer has
-            but one.
+        source: Name and hash of the data source that a plan is trained on; left out, the trainer
+            has but one.
         on_progress: Called with the step at every sign of life of a trainer at work.
         start_seconds: How long a trainer may take until it listens.
 
@@ -71,15 +76,15 @@ class RemoteTrainer:
         socket: Path,
         *,
         process: TrainerProcess | None = None,
-        dataset: Callable[[Plan], str] = lambda _: "",
+        source: Callable[[Plan], tuple[str, bytes]] = lambda _: ("", b""),
         on_progress: Callable[[int], None] | None = None,
         start_seconds: float = 300.0,
     ) -> None:
-        self._address, self._process, self._dataset = f"unix:{socket}", process, dataset
+        self._address, self._process, self._source = f"unix:{socket}", process, source
         self._on_progress, self._start_seconds = on_progress, start_seconds
 
     def prepare(self, request: TrainRequest) -> None:
-        """See :meth:`fedward.client.trainer.Trainer.prepare`."""
+        """See :meth:`fedward.client.training.Trainer.prepare`."""
 
         def read(answers: Iterator[wire.Answer]) -> None:
             self._next(answers, "done")
@@ -87,7 +92,7 @@ class RemoteTrainer:
         self._ask(lambda stub: stub.Prepare, _task(request), request.adapter, request.plan, read)
 
     def train(self, request: TrainRequest) -> TrainResult:
-        """See :meth:`fedward.client.trainer.Trainer.train`."""
+        """See :meth:`fedward.client.training.Trainer.train`."""
         slots = 0 if request.plan.metrics is None else len(METRIC_SLOTS)
         length = dimension(request.layout)
 
@@ -103,7 +108,7 @@ class RemoteTrainer:
         )
 
     def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
-        """See :meth:`fedward.client.trainer.Trainer.evaluate`."""
+        """See :meth:`fedward.client.training.Trainer.evaluate`."""
 
         def read(answers: Iterator[wire.Answer]) -> Scores:
             scores = self._next(answers, "scores").scores
@@ -136,7 +141,8 @@ class RemoteTrainer:
         read: Callable[[Iterator[wire.Answer]], _T],
     ) -> _T:
         """One request and its answer, once more if the trainer dies over it."""
-        task.dataset, task.adapter_bytes = self._dataset(plan), len(adapter)
+        task.adapter_bytes = len(adapter)
+        task.dataset, task.source = self._source(plan)
         for tries_left in (1, 0):
             self._wait()
             with grpc.insecure_channel(self._address, options=OPTIONS) as channel:
@@ -264,6 +270,6 @@ def site_remote_trainer(
     return RemoteTrainer(
         folder.trainer_socket,
         process=process,
-        dataset=lambda plan: dataset_of(folder, plan),
+        source=lambda plan: approved_source(folder, plan),
         on_progress=on_progress,
     )

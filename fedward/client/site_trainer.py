@@ -9,13 +9,15 @@ from collections.abc import Callable
 
 import torch
 
-from fedward.client.data_sources import load_source, model_folder, site_records
+from fedward.canonical import digest
+from fedward.client.data_sources import load_source, model_folder
 from fedward.client.policy import Policy, load_policy
 from fedward.client.sandbox import seal
 from fedward.client.site_folder import SiteFolder
+from fedward.client.site_records import files_identity, site_records
 from fedward.client.trainer import LocalTrainer
-from fedward.client.trainer_service import MakeTrainer, serve
-from fedward.errors import ModelError
+from fedward.client.trainer_service import Admit, MakeTrainer, serve
+from fedward.errors import ModelError, PolicyRefusal
 from fedward.plan import Plan
 from fedward.tuning.vector import Layout
 
@@ -48,18 +50,28 @@ def trainer_maker(folder: SiteFolder) -> MakeTrainer:
     return make
 
 
-def within_policy(folder: SiteFolder, make: MakeTrainer) -> MakeTrainer:
-    """The same, for plans that the site's policy allows at some hour.
+def admission(folder: SiteFolder) -> Admit:
+    """What admits plans to a site's trainer: its policy, and the data source that was approved.
 
-    The agent has asked the policy already; but the agent has a network and may be taken over, and
-    must not get an update without noise for it.
+    The agent has asked both already; but the agent has a network and may be taken over, and must
+    not get an update without noise for it. The answer covers whatever a trainer is made of: policy,
+    configuration, the source's declaration and its files.
     """
 
-    def checked(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
-        dataclasses.replace(load_policy(folder.policy), hours=()).check(plan)
-        return make(plan, dataset, on_step)
+    def admit(plan: Plan, dataset: str, approved: bytes) -> bytes:
+        policy, source = load_policy(folder.policy), load_source(folder, dataset)
+        reasons = list(dataclasses.replace(policy, hours=()).reasons(plan))
+        reasons += policy.source_reasons(plan, source)
+        if dataset not in policy.datasets:
+            reasons.append(f"data source {dataset!r} is not in datasets")
+        if source.hash() != approved:
+            reasons.append(f"data source {dataset!r} has changed since the agent looked at it")
+        if reasons:
+            raise PolicyRefusal(reasons)
+        config = folder.config_file.read_bytes()
+        return digest("trainer", policy.hash(), config, source.hash(), files_identity(source))
 
-    return checked
+    return admit
 
 
 def check_trained(layout: Layout, policy: Policy) -> None:
@@ -84,7 +96,7 @@ def run_trainer(folder: SiteFolder, *, child: bool) -> None:
     """
     if folder.config().device.startswith("cuda"):
         torch.empty(0, device=folder.config().device)  # while the driver may still open sockets
-    server = serve(folder.trainer_socket, within_policy(folder, trainer_maker(folder)))
+    server = serve(folder.trainer_socket, trainer_maker(folder), admission(folder))
     _tell_systemd("READY=1")
     seal()
     if not child:

@@ -1,17 +1,11 @@
-"""The half of a site that sees patients: data, model and DP-SGD, behind one narrow interface.
-
-The agent asks for an update and gets one flat vector; nothing else about the data comes out. The
-trainer opens no connection, so that it can later live in a process without a network (DESIGN §3).
-"""
+"""The half of a site that sees patients: data, model and DP-SGD, behind one narrow interface."""
 
 import dataclasses
 import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fedward.attempt import Attempt
 from fedward.canonical import digest
 from fedward.client.metric_slots import metric_slots
 from fedward.client.step_check import check_step
+from fedward.client.training import Scores, TrainRequest, TrainResult
 from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.plan import Plan
 from fedward.privacy.noise import SecureStream
@@ -35,7 +29,6 @@ from fedward.tuning.objectives import Encoded, collate, encode, loss_per_example
 from fedward.tuning.records import Records, merge, select
 from fedward.tuning.tuned import Tuned, tuned_model
 from fedward.tuning.tuners import trainable
-from fedward.tuning.vector import Layout
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,91 +36,12 @@ Units = Sequence[Sequence[int]]
 """For each unit the numbers of its records."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainRequest:
-    """What the agent asks of the trainer for one session.
-
-    Args:
-        plan: The approved plan.
-        attempt: The session's attempt that the update is reserved for.
-        draw: How many updates of this session have been spent before: each draws fresh noise.
-        adapter: The adapter's whole state as safetensors bytes.
-        layout: The trainable tensors as the coordinator sees them; must be the trainer's own.
-    """
-
-    plan: Plan
-    attempt: Attempt
-    draw: int
-    adapter: bytes
-    layout: Layout
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What the trainer hands to the agent; the agent masks it before anything leaves.
-
-    Args:
-        update: ``(d,)`` float32, finite: the trained parameters minus the start.
-        slots: Noised metric sums, in the order of the session's slots; empty without [metrics].
-    """
-
-    update: npt.NDArray[np.float32]
-    slots: npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What the agent may know of an evaluation: means alone, no record's own loss.
-
-    Args:
-        loss: Mean loss.
-        accuracy: Share of right classes; None for ``sft``.
-        macro_f1: Mean F1 over the classes that occur; None for ``sft``.
-    """
-
-    loss: float
-    accuracy: float | None = None
-    macro_f1: float | None = None
-
-
-class Trainer(Protocol):
-    """What an agent needs from the process that holds the data.
-
-    Whether and how a method fails never depends on a record, with one exception that stays at the
-    site: :meth:`evaluate`.
-    """
-
-    def prepare(self, request: TrainRequest) -> None:
-        """Load the plan's model and compare it with the request, before anything is reserved.
-
-        Raises:
-            ModelError: The model is not the plan's or cannot be trained privately, the adapter does
-                not fit it, or round 1 does not start where the plan says.
-        """
-        ...
-
-    def train(self, request: TrainRequest) -> TrainResult:
-        """Train as the plan says and return the update.
-
-        Raises:
-            ModelError: The model is not the plan's, or training failed.
-        """
-        ...
-
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
-        """Evaluate an adapter on the site's own held-out records; stays at the site.
-
-        Raises:
-            DataError: There are none, or none fits the plan.
-        """
-        ...
-
-
 class LocalTrainer:
     """A trainer in this process.
 
     Args:
-        records: The site's training records.
+        records: The site's training records. With none its updates are the noise alone, because
+            whether a site answers must not depend on its patients.
         held_out: Records of other patients for the site's own evaluation.
         key: 32 secret bytes from which noise and sampling derive. Only tests and simulations fix
             it; left out, it is drawn from the operating system.
@@ -136,9 +50,6 @@ class LocalTrainer:
             memory, not the update.
         model: The base model's folder, in place of the plan's path.
         on_step: Called after each step with its number from 1; what it raises ends the training.
-
-    Raises:
-        DataError: No records: a site needs at least one patient.
     """
 
     def __init__(
@@ -153,15 +64,20 @@ class LocalTrainer:
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         if not records.units:
-            raise DataError("this site has no training records: expected at least one patient")
+            _LOG.warning("this site has no training records: its updates are noise alone")
         self._records, self._held_out = records, held_out
         self._secret, self._fixed = SecureStream(key), key is not None
         self._device, self._physical_batch = device, physical_batch
         self._model, self._on_step = model, on_step
         self._encoded: dict[tuple[bytes, bool], tuple[Units, Encoded]] = {}
 
+    @property
+    def units(self) -> int:
+        """How many patients it trains on; for the site's own eyes."""
+        return len(self._records.units)
+
     def prepare(self, request: TrainRequest) -> None:
-        """See :meth:`Trainer.prepare`."""
+        """See :meth:`~fedward.client.training.Trainer.prepare`."""
         check_step(self._here(request.plan), self._device)
         tuned = self.tuned(request.plan)
         if tuned.layout != request.layout:
@@ -176,13 +92,15 @@ class LocalTrainer:
                 raise ModelError(f"round 1 does not start where the plan says: {name!r} differs")
 
     def train(self, request: TrainRequest) -> TrainResult:
-        """See :meth:`Trainer.train`.
+        """See :meth:`~fedward.client.training.Trainer.train`.
 
         Guarantees:
             The update is (epsilon, delta)-private for one unit as the plan's accounting of
             ``count + spare`` such updates says; every constant is the plan's.
         """
         plan = request.plan
+        if not (self.units or plan.privacy.enabled):
+            raise DataError("this site has no training records: expected at least one patient")
         self.prepare(request)
         model = self.tuned(plan).model
         start = flatten(model)
@@ -205,8 +123,8 @@ class LocalTrainer:
         return TrainResult(update=update, slots=self._slots(plan, model, stream))
 
     def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
-        """See :meth:`Trainer.evaluate`."""
-        if self._held_out is None:
+        """See :meth:`~fedward.client.training.Trainer.evaluate`."""
+        if self._held_out is None or not self._held_out.units:
             raise DataError("this site keeps no held-out records to evaluate on")
         model = self.tuned(plan).model
         load_adapter(model, from_bytes(adapter))

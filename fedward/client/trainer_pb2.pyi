@@ -58,7 +58,7 @@ class Asked(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., adapter: _Optional[bytes] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes", "dataset")
+    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes", "dataset", "source")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class Task(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     plan: bytes
     run: str
     round: int
@@ -77,7 +78,8 @@ class Task(_message.Message):
     layout: bytes
     adapter_bytes: int
     dataset: str
-    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ..., dataset: _Optional[str] = ...) -> None: ...
+    source: bytes
+    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ..., dataset: _Optional[str] = ..., source: _Optional[bytes] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("failure", "progress", "vector", "part", "scores", "done")

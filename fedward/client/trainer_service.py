@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,7 +22,9 @@ from fedward.attempt import Attempt
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
 from fedward.client.codes import safe_repr
-from fedward.client.trainer import LocalTrainer, TrainRequest
+from fedward.client.remote_trainer import OPTIONS, PART_BYTES
+from fedward.client.trainer import LocalTrainer
+from fedward.client.training import TrainRequest
 from fedward.errors import (
     ConfigurationError,
     DataError,
@@ -38,16 +40,17 @@ from fedward.tuning.vector import layout_from_bytes
 
 _LOG = logging.getLogger(__name__)
 
-PART_BYTES = 1 << 20
-"""Most bytes of an adapter or a vector in one message."""
+_KEPT = 2
 
 SIGN_OF_LIFE = 5.0
 """Seconds between two messages of a trainer at work, at most."""
 
-OPTIONS = (("grpc.max_receive_message_length", 4 << 20), ("grpc.max_metadata_size", 8192))
-
 MakeTrainer = Callable[[Plan, str, Callable[[int], None]], LocalTrainer]
 """Makes the trainer of a plan over a data source, with its hook after each step."""
+
+Admit = Callable[[Plan, str, bytes], bytes]
+"""Refuses a plan over a data source (by name and the hash that was approved), or says what its
+trainer depends on beside them: one made under another answer serves no more."""
 
 
 class _Stopped(FedwardError):
@@ -70,13 +73,15 @@ class TrainerService(rpc.TrainerServicer):
 
     Args:
         make: Makes the trainer of a plan; those of the last two are kept.
+        admit: Asked for every request.
         patience: Seconds that a task waits for the one before it, which may be stopping.
     """
 
-    def __init__(self, make: MakeTrainer, *, patience: float = 20.0) -> None:
-        self._trainer = lru_cache(maxsize=2)(
-            lambda plan, dataset: make(plan, dataset, self._on_step)
-        )
+    def __init__(
+        self, make: MakeTrainer, admit: Admit = lambda *_: b"", *, patience: float = 20.0
+    ) -> None:
+        self._make, self._admit = make, admit
+        self._trainers: dict[tuple[Plan, str], tuple[bytes, LocalTrainer]] = {}
         self._worker = futures.ThreadPoolExecutor(1, thread_name_prefix="trainer")
         self._turn, self._patience = threading.Lock(), patience
         self._stop, self._said = threading.Event(), queue.Queue[wire.Answer | None]()
@@ -85,7 +90,7 @@ class TrainerService(rpc.TrainerServicer):
     def Prepare(
         self, request_iterator: Iterator[wire.Asked], context: grpc.ServicerContext
     ) -> Iterator[wire.Answer]:
-        """See :meth:`fedward.client.trainer.Trainer.prepare`."""
+        """See :meth:`fedward.client.training.Trainer.prepare`."""
         return self._answers(
             wire.ACTIVITY_PREPARING, partial(self._prepare, request_iterator), context
         )
@@ -93,7 +98,7 @@ class TrainerService(rpc.TrainerServicer):
     def Train(
         self, request_iterator: Iterator[wire.Asked], context: grpc.ServicerContext
     ) -> Iterator[wire.Answer]:
-        """See :meth:`fedward.client.trainer.Trainer.train`."""
+        """See :meth:`fedward.client.training.Trainer.train`."""
         return self._answers(
             wire.ACTIVITY_TRAINING, partial(self._train, request_iterator), context
         )
@@ -101,7 +106,7 @@ class TrainerService(rpc.TrainerServicer):
     def Evaluate(
         self, request_iterator: Iterator[wire.Asked], context: grpc.ServicerContext
     ) -> Iterator[wire.Answer]:
-        """See :meth:`fedward.client.trainer.Trainer.evaluate`."""
+        """See :meth:`fedward.client.training.Trainer.evaluate`."""
         return self._answers(
             wire.ACTIVITY_EVALUATING, partial(self._evaluate, request_iterator), context
         )
@@ -177,11 +182,23 @@ class TrainerService(rpc.TrainerServicer):
 
     def _evaluate(self, asked: Iterator[wire.Asked]) -> Iterator[wire.Answer]:
         task, plan = _task(asked)
-        trainer = self._trainer(plan, task.dataset)
+        trainer = self._trainer(plan, task)
         scores = trainer.evaluate(plan, _adapter(asked, task, len(trainer.tuned(plan).start)))
         yield wire.Answer(
             scores=wire.Scores(loss=scores.loss, accuracy=scores.accuracy, macro_f1=scores.macro_f1)
         )
+
+    def _trainer(self, plan: Plan, task: wire.Task) -> LocalTrainer:
+        """The trainer for a task: a kept one, unless what it was made of has changed since."""
+        state = self._admit(plan, task.dataset, task.source)
+        before, trainer = self._trainers.pop((plan, task.dataset), (b"", None))
+        if trainer is None or before != state:
+            trainer = None  # its records go before the new ones come
+            trainer = self._make(plan, task.dataset, self._on_step)
+        self._trainers[plan, task.dataset] = state, trainer
+        if len(self._trainers) > _KEPT:
+            del self._trainers[next(iter(self._trainers))]
+        return trainer
 
     def _request(self, asked: Iterator[wire.Asked]) -> tuple[LocalTrainer, TrainRequest]:
         """Read a request; its adapter comes last, when its size is known to be right."""
@@ -190,19 +207,20 @@ class TrainerService(rpc.TrainerServicer):
             run=task.run, round=task.round, session=task.session, attempt=task.attempt
         )
         layout = layout_from_bytes(task.layout)
-        trainer = self._trainer(plan, task.dataset)
+        trainer = self._trainer(plan, task)
         adapter = _adapter(asked, task, len(trainer.tuned(plan).start))
         return trainer, TrainRequest(
             plan=plan, attempt=attempt, draw=task.draw, adapter=adapter, layout=layout
         )
 
 
-def serve(socket: Path, make: MakeTrainer) -> grpc.Server:
+def serve(socket: Path, make: MakeTrainer, admit: Admit = lambda *_: b"") -> grpc.Server:
     """Listen on a Unix socket (mode 0600) that only its owner can reach.
 
     Args:
         socket: In a folder of mode 0700; a dead trainer's socket there is replaced.
         make: As in :class:`TrainerService`.
+        admit: As in :class:`TrainerService`.
 
     Returns:
         The server, started; the caller stops it.
@@ -212,7 +230,7 @@ def serve(socket: Path, make: MakeTrainer) -> grpc.Server:
     """
     check_private(socket.parent)
     server = grpc.server(futures.ThreadPoolExecutor(4), options=OPTIONS)
-    rpc.add_TrainerServicer_to_server(TrainerService(make), server)  # type: ignore[no-untyped-call]  # generated
+    rpc.add_TrainerServicer_to_server(TrainerService(make, admit), server)  # type: ignore[no-untyped-call]  # generated
     try:
         server.add_insecure_port(f"unix:{socket}")
     except RuntimeError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from fedward.enrolment import EnrolRequest, secret_hash
 from fedward.errors import ConfigurationError, IdentityError
-from fedward.identity import Member, Roster, seal_roster
+from fedward.identity import Member, Roster, check_site_name, seal_roster
 from fedward.server.coordinator_folder import CoordinatorFolder
 from fedward.server.database import connect, transaction
 
@@ -85,8 +85,10 @@ class Members:
             The secret of the token, 32 random bytes in hex; only its hash is stored.
 
         Raises:
-            ConfigurationError: The site is a member, or the time is over already.
+            ConfigurationError: No site can have this name, the site is a member, or the time is
+                over already.
         """
+        check_site_name(name)
         if expires <= now:
             raise ConfigurationError("an invitation must hold for some time; give more hours")
         secret = os.urandom(32).hex()

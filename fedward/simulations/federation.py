@@ -14,7 +14,7 @@ from fedward.client.agent import Agent
 from fedward.client.app import client_app
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import load_policy
-from fedward.client.trainer import Trainer
+from fedward.client.training import Trainer
 from fedward.errors import CohortTooSmall
 from fedward.identity import Identity, Member, Roster
 from fedward.plan import Plan

@@ -1,7 +1,7 @@
 """Trainers in Ray actors: training spreads over processes, everything else stays in the driver.
 
-Agents, sessions and the round engine see the same :class:`~fedward.client.trainer.Trainer` as ever.
-Each actor is one process with one thread and one loaded model, and serves some of the sites.
+Agents, sessions and the round engine see the same :class:`~fedward.client.training.Trainer` as
+ever. Each actor is one process with one thread and one loaded model, and serves some of the sites.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedward.client.trainer import LocalTrainer, Scores, Trainer, TrainRequest, TrainResult
+from fedward.client.trainer import LocalTrainer
+from fedward.client.training import Scores, Trainer, TrainRequest, TrainResult
 from fedward.errors import ConfigurationError, FedwardError, InvalidValue, ModelError
 from fedward.plan import Plan
 from fedward.simulations.failure import Failure

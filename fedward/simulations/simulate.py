@@ -27,7 +27,8 @@ from fedward.aggregation.planned import planned_session
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.client.step_check import check_step
-from fedward.client.trainer import LocalTrainer, Trainer
+from fedward.client.trainer import LocalTrainer
+from fedward.client.training import Trainer
 from fedward.errors import ConfigurationError
 from fedward.server.store import Phase, RunStore
 from fedward.simulations import baseline

@@ -1,25 +1,27 @@
 """Records of patients: read from files, checked against the plan, grouped by whom privacy protects.
 
-Files are streamed into memory, so that no readable copy of a note is left in a cache. Errors name
-file, column and row, never what stands there.
+Files are read into memory, row by row: no readable copy of a note is left in a cache, and what
+stands in one row never decides how another is read (a reader that guesses types from all rows would
+let one patient's value change everybody's). Errors name file, column and row, never what stands
+there.
 """
 
 import csv
-import glob
 import gzip
+import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from datasets import Features, IterableDataset, Value
-from datasets.exceptions import DatasetsError
+from pyarrow import ArrowException
+from pyarrow.parquet import read_table as read_parquet
 
 from fedward.errors import DataError
 from fedward.plan import Data, Plan
@@ -30,21 +32,23 @@ _LOG = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 
 _KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_READING = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    KeyError,
-    RuntimeError,
-    csv.Error,
-    zlib.error,
-    DatasetsError,
-)
-"""What the readers below ``datasets`` raise; their messages may quote a record."""
+_READING = (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, ArrowException)
+"""What the readers raise; their messages may quote a record."""
 
-# It writes those messages to the log as well.
-logging.getLogger("datasets").setLevel(logging.CRITICAL)
+_LONGEST_FIELD = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What a file holds.
+
+    Args:
+        columns: Every column of it; of a JSON file, every key of any row.
+        rows: Its rows; None in place of one that cannot be read (a torn line, a field too many).
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[Row | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,35 +87,13 @@ def find_splits(path: Path) -> dict[str, Path]:
     return found
 
 
-def read_table(
-    path: Path, names: Mapping[str, str] | None = None, *, show_columns: bool = True
-) -> list[Row]:
-    """Every row of a file.
-
-    Args:
-        path: JSONL, CSV or Parquet; the first two also with ``.gz``.
-        names: Name of a column → the file's own name of it.
-        show_columns: See :func:`read_records`.
-
-    Raises:
-        DataError: The file cannot be read, is empty, or lacks a column that ``names`` gives.
-    """
-    rows: list[Row] = _read(path)
-    if not rows:
-        raise DataError(f"{path}: no records; expected at least one")
-    for own in (names or {}).values():
-        check_column(own, rows[0], path, show_columns=show_columns)
-    if names:
-        rows = [{**row, **{name: row[own] for name, own in names.items()}} for row in rows]
-    return rows
-
-
 def read_records(
     path: Path,
     plan: Plan,
     names: Mapping[str, str] | None = None,
     *,
     show_columns: bool = True,
+    leave_out: bool = False,
 ) -> Records:
     """Read one file and check it against the plan's ``[data]`` and labels.
 
@@ -123,23 +105,46 @@ def read_records(
         names: The plan's name of a column → the file's own name of it.
         show_columns: Whether an error may name the file's columns: where a header is missing they
             are the first record.
+        leave_out: Leave out a unit with a row that does not fit (and a row that cannot be read)
+            instead of raising an error, which would tell that it is there. No row at all is then
+            no error either. A column that a table's header lacks still is.
 
     Raises:
         DataError: The file cannot be read, is empty, lacks a column, or a row has no text, no site,
             a unit that is neither text nor a whole number, or a label that is not the plan's.
         ConfigurationError: The plan's template is not one.
+
+    Guarantees:
+        With ``leave_out``, what becomes of a unit's rows, and whether there is an error, does not
+        depend on what stands in another unit's rows, as long as the file is a JSONL, CSV or Parquet
+        file at all.
     """
-    columns, rows = needed_columns(plan), read_table(path, names, show_columns=show_columns)
-    for column in columns:
-        check_column(column, rows[0], path, show_columns=show_columns)
-    for number, row in enumerate(rows, start=1):
-        _check_row(row, number, path, plan)
-    unit = plan.data.unit
-    # Nobody knows whom such a row would have to be clipped together with.
-    owned = [row for row in rows if unit is None or row.get(unit) not in (None, "")]
-    if len(owned) < len(rows):
-        _LOG.warning("%s: %d rows without %r left out", path, len(rows) - len(owned), unit)
-    return group([{column: row.get(column) for column in columns} for row in owned], unit)
+    table, own = read_table(path), {name: name for name in needed_columns(plan)}
+    own |= {name: column for name, column in (names or {}).items() if name in own}
+    if not leave_out:
+        _check_rows(table, path)
+    if not leave_out or _kind(path) != "json":
+        for column in own.values():
+            check_column(column, table.columns, path, show_columns=show_columns)
+    unit, fitting, unfit, spoiled = plan.data.unit, list[Row](), 0, set[str]()
+    for number, found in enumerate(table.rows, start=1):
+        row = {name: (found or {}).get(column) for name, column in own.items()}
+        problem = "cannot be read" if found is None else _problem(row, plan)
+        if problem and not leave_out:
+            raise DataError(f"{path}: row {number}: {problem}")
+        if not problem:
+            fitting.append(row)
+            continue
+        unfit += 1
+        if unit is not None and isinstance(row[unit], str | int):
+            spoiled.add(str(row[unit]))
+    if unfit:
+        _LOG.warning("%s: %d rows do not fit the plan; their patients are left out", path, unfit)
+    # Nobody knows whom a row without a unit would have to be clipped together with.
+    owned = [row for row in fitting if unit is None or row[unit] not in (None, "")]
+    if len(owned) < len(fitting):
+        _LOG.warning("%s: %d rows without %r left out", path, len(fitting) - len(owned), unit)
+    return group([row for row in owned if unit is None or str(row[unit]) not in spoiled], unit)
 
 
 def group(rows: Sequence[Row], unit: str | None) -> Records:
@@ -224,48 +229,55 @@ def labels_of(records: Records, column: str) -> tuple[str, ...]:
     return tuple(sorted({str(row[column]) for row in records.rows}))
 
 
-def check_column(column: str, row: Row, path: Path, *, show_columns: bool = True) -> None:
-    """Refuse a file whose rows lack a column.
+def check_column(
+    column: str, columns: Sequence[str], path: Path, *, show_columns: bool = True
+) -> None:
+    """Refuse a file that lacks a column.
 
     Raises:
         DataError: With the nearest name, or all, where columns may be shown.
     """
-    if column not in row and not show_columns:
+    if column not in columns and not show_columns:
         raise DataError(f"{path}: no column {column!r}")
-    if column not in row:
-        near = get_close_matches(column, list(row), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(row)}"
+    if column not in columns:
+        near = get_close_matches(column, columns, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(columns)}"
         raise DataError(f"{path}: no column {column!r}; {hint}")
 
 
-def _check_row(row: Row, number: int, path: Path, plan: Plan) -> None:
-    data, where = plan.data, f"{path}: row {number}"
+def _check_rows(table: Table, path: Path) -> None:
+    if not table.rows:
+        raise DataError(f"{path}: no records; expected at least one")
+    if None in table.rows:
+        number = table.rows.index(None) + 1
+        raise DataError(f"{path}: row {number} is not readable as {_kind(path)}")
 
-    def check(column: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise DataError(f"{where}: column {column!r} must hold {expected}")
 
-    texts = input_columns(plan)
+def _problem(row: Row, plan: Plan) -> str:
+    """Why a row does not fit the plan, without a word of it; empty where it does."""
+    data, expected = plan.data, dict[str, tuple[bool, str]]()
+    for column in input_columns(plan):
+        kinds = str if data.template is None else str | int | float
+        expected[column] = isinstance(row[column], kinds), "text"
     if plan.task.objective == "sft":
-        if data.messages in texts:
-            texts.remove(data.messages)
-            expected = "a list of {role, content} with at least one of the assistant"
-            check(data.messages, _is_conversation(row.get(data.messages)), expected)
+        if data.messages in expected:
+            talk = "a list of {role, content} with at least one of the assistant"
+            expected[data.messages] = _is_conversation(row[data.messages]), talk
         if data.completion is not None:
-            texts.append(data.completion)
-    kinds = str if data.template is None else str | int | float
-    for column in texts:
-        check(column, isinstance(row.get(column), kinds), "text")
+            expected[data.completion] = isinstance(row[data.completion], str), "text"
     if plan.task.objective == "classify":
-        label = row.get(data.label)
-        check(data.label, isinstance(label, str | int), "a label: text or a whole number")
+        label = row[data.label]
         known = not plan.task.labels or str(label) in plan.task.labels
-        check(data.label, known, "one of the plan's labels")
+        expected[data.label] = known, "one of the plan's labels"
+        if not isinstance(label, str | int):
+            expected[data.label] = False, "a label: text or a whole number"
     if data.unit is not None:
-        unit = row.get(data.unit)
-        check(data.unit, unit is None or isinstance(unit, str | int), "text or a whole number")
+        unit = row[data.unit]
+        expected[data.unit] = unit is None or isinstance(unit, str | int), "text or a whole number"
     if data.site is not None:
-        check(data.site, row.get(data.site) not in (None, ""), "the name of a site")
+        expected[data.site] = row[data.site] not in (None, ""), "the name of a site"
+    wrong = (f"column {c!r} must hold {what}" for c, (holds, what) in expected.items() if not holds)
+    return next(wrong, "")
 
 
 def _is_conversation(messages: object) -> bool:
@@ -276,42 +288,86 @@ def _is_conversation(messages: object) -> bool:
     return texts and any(role == "assistant" for role, _ in turns)
 
 
-def _read(path: Path) -> list[Row]:
-    """Every row of a file; nothing of it stays on the disk but the file."""
-    kind = _kind(path)
-    # Escaped, because datasets reads a path as a pattern. load_dataset would call a counter.
-    name, problem = glob.escape(str(path)), ""
-    rows: list[Any] = []
-    with TemporaryDirectory(prefix="fedward-") as cache:
-        try:
+def read_table(path: Path) -> Table:
+    """Every row of a file; nothing of it stays on the disk but the file.
+
+    Args:
+        path: JSONL, CSV or Parquet; the first two also with ``.gz``.
+
+    Raises:
+        DataError: The file cannot be read as what its name says.
+    """
+    kind, problem = _kind(path), ""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if kind == "parquet":
+                table = read_parquet(file)
+                return Table(columns=tuple(table.column_names), rows=tuple(table.to_pylist()))
             if kind == "csv":
-                text = _text_columns(path)
-                data = IterableDataset.from_csv(
-                    name, features=text, keep_default_na=False, cache_dir=cache
-                )
-            elif kind == "json":
-                data = IterableDataset.from_json(name, cache_dir=cache)
-            else:
-                data = IterableDataset.from_parquet(name, cache_dir=cache)
-            rows = list(data)
-        except StopIteration:
-            pass  # what datasets makes of a file without rows
-        except _READING as error:
-            problem = type(error).__name__
-    if problem:  # raised here, so that the error has no context that quotes a record
-        raise DataError(f"{path}: not readable as {kind} ({problem})")
-    return rows
+                # A byte-order mark is no part of the first name; bad bytes spoil their row alone.
+                text = TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+                return _csv_table(text)
+            return _json_table(file.read(), whole=_suffix(path) == ".json")
+    except _READING as error:
+        problem = type(error).__name__
+    # Raised here, so that the error has no context that quotes a record.
+    raise DataError(f"{path}: not readable as {kind} ({problem})")
 
 
-def _text_columns(path: Path) -> Features:
-    """A CSV's columns, all as text: guessed types would make 1 of the patient 001."""
-    encoding, newline = "utf-8-sig", ""  # a byte-order mark is no part of the first name
-    with (
-        gzip.open(path, "rt", encoding=encoding, newline=newline)
-        if path.suffix == ".gz"
-        else path.open(encoding=encoding, newline=newline)
-    ) as file:
-        return Features({name: Value("string") for name in next(csv.reader(file))})
+def _csv_table(text: Iterable[str]) -> Table:
+    """A CSV's rows, all as text: guessed types would make 1 of the patient 001."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader, rows = csv.reader(text), list[Row | None]()
+    columns = tuple(next(reader, ()))
+    while (fields := _next_fields(reader)) is not None:
+        if fields:
+            whole = len(fields) == len(columns) and _is_unicode("".join(fields))
+            rows.append(dict(zip(columns, fields, strict=True)) if whole else None)
+    return Table(columns=columns, rows=tuple(rows))
+
+
+def _next_fields(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next line's fields; a single odd one for a line that is none; None at the end."""
+    try:
+        return next(reader, None)
+    except csv.Error:
+        return ["\ud800"]
+
+
+def _json_table(data: bytes, *, whole: bool) -> Table:
+    """Rows of JSON lines, or with ``whole`` of one list of them where the file is one."""
+    found = _json_value(data) if whole else None
+    if not isinstance(found, list):
+        found = [_json_value(line) for line in data.split(b"\n") if line.strip()]
+        if whole and found and not any(found):
+            raise ValueError  # not even lines
+    escaped = b"\\u" in data
+    rows = tuple(row if _is_json_row(row, escaped=escaped) else None for row in found)
+    columns = dict.fromkeys(column for row in rows if row is not None for column in row)
+    return Table(columns=tuple(columns), rows=rows)
+
+
+def _json_value(text: bytes) -> object:
+    """What JSON says; None for what is no JSON."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_json_row(value: object, *, escaped: bool) -> bool:
+    """Half a surrogate pair can be written in JSON, but no tokenizer takes it."""
+    if not isinstance(value, dict):
+        return False
+    return not escaped or _is_unicode(json.dumps(value, ensure_ascii=False))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(path: Path) -> str:

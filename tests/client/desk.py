@@ -18,7 +18,7 @@ from fedward.canonical import canonical_json
 from fedward.client.agent import Agent
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import Policy
-from fedward.client.trainer import Scores, Trainer, TrainRequest, TrainResult
+from fedward.client.training import Scores, Trainer, TrainRequest, TrainResult
 from fedward.errors import DataError, ModelError, SiteCode
 from fedward.identity import Identity, Member, Roster
 from fedward.messages import Letter, open_letter, seal_letter

@@ -11,20 +11,23 @@ from fedward.client.approval import (
     Approval,
     Consent,
     approve,
+    approved_source,
     dataset_of,
     plan_signature,
     waiting_plan,
     waiting_plans,
     withdraw,
 )
+from fedward.client.data_sources import Columns
 from fedward.client.journal import Journal
 from fedward.client.policy import Policy, load_policy
 from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.errors import ConfigurationError, IdentityError, LedgerError, PolicyRefusal
 from fedward.identity import Identity
-from fedward.plan import Plan
+from fedward.plan import Data, Plan
 from fedward.typed_toml import dump
 from tests.client.test_policy import PLAN, POLICY
+from tests.client.well import declare
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 MANUAL = dataclasses.replace(POLICY, automatic=False, datasets=("notes",))
@@ -34,6 +37,7 @@ OTHER = dataclasses.replace(PLAN, seed=1)
 class Site:
     def __init__(self, root: Path, policy: Policy) -> None:
         self.folder = SiteFolder.create(root / "site", SiteConfig(name="a"))
+        declare(self.folder, "notes", "others", "a", "b")
         self.write(policy)
 
     def write(self, policy: Policy) -> None:
@@ -77,6 +81,59 @@ def test_an_approval_is_for_one_plan_one_policy_and_one_set_of_data(site):
     assert "waits for approval" in site.refusal()[0]
     site.write(MANUAL)
     site.check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"path": "/elsewhere"},
+        {"unit": "ward"},
+        {"columns": Columns(names={"text": "letter"})},
+        {"columns": Columns(names={"text": "text", "label": "label", "more": "more"})},
+    ],
+)
+def test_an_approval_is_for_the_records_as_they_were_declared(site, change):
+    site.approve()
+    declare(site.folder, **change)
+    assert "waits for approval" in site.refusal()[0]
+    with pytest.raises(PolicyRefusal, match="waits for approval"):
+        approved_source(site.folder, PLAN)
+    made = site.approve()
+    assert approved_source(site.folder, PLAN) == ("notes", bytes.fromhex(made.source))
+    declare(site.folder)
+    assert site.refusal()
+    (site.folder.data / "notes.toml").unlink()
+    assert len(site.refusal()) == 2, "it waits, and there are no records"
+
+
+def test_a_comment_in_the_declaration_takes_no_approval_back(site):
+    site.approve()
+    path = site.folder.data / "notes.toml"
+    path.write_text("# since May\n" + path.read_text())
+    site.check()
+
+
+def test_single_records_are_protected_only_where_source_and_policy_say_so(site):
+    declare(site.folder, unit=None, unit_is_record=True)
+    assert any("'record' is not in units" in reason for reason in site.refusal())
+    with pytest.raises(PolicyRefusal, match="'record' is not in units"):
+        site.approve()
+    site.write(dataclasses.replace(MANUAL, units=("patient", "record")))
+    site.approve()
+    site.check()
+
+
+def test_a_plan_reads_no_column_that_the_site_has_not_declared(site):
+    """Not by its text, its label or its template, and not the patient's number."""
+    for data in (Data(text="patient"), Data(text="address"), Data(template="{text} {address}")):
+        plan = dataclasses.replace(PLAN, data=data)
+        with pytest.raises(PolicyRefusal, match="which the data source does not declare"):
+            site.approve(plan)
+        site.write(dataclasses.replace(MANUAL, automatic=True))
+        (reason,) = site.refusal(plan)
+        assert "it reads column" in reason
+        site.write(MANUAL)
+    site.approve(dataclasses.replace(PLAN, data=Data(template="{text} is {label}")))
 
 
 def test_a_withdrawn_approval_no_longer_holds(site):

@@ -120,6 +120,13 @@ def test_an_invitation_is_shown_until_it_is_used(member):
     assert "invited until" in member("coordinator roster COORDINATOR")
 
 
+@pytest.mark.parametrize("name", ["../x", "a\u202eb", "x" * 65, "n\u043erth"])
+def test_a_name_that_no_site_can_have_is_not_invited(shell, name):
+    shell("coordinator init --host h.example --port 9999 ROOT/coordinator")
+    with pytest.raises(ConfigurationError, match="1 to 64 letters, digits"):
+        shell(f"coordinator invite {name} COORDINATOR")
+
+
 def test_revoke_makes_a_new_epoch(member):
     assert member.json("coordinator revoke st-mary COORDINATOR") == {"epoch": 2, "members": []}
     assert "revoked" in member("coordinator roster COORDINATOR")
@@ -198,8 +205,22 @@ def test_data_is_listed_in_the_site_s_words(member, base):
     prepare(member, base)
     assert member.json("site data list SITE")["notes"]["unit"] == "mrn"
     assert "text=note" in member("site data list SITE")
-    with pytest.raises(ConfigurationError, match="expected PLAN=OWN"):
-        member("site data add x ROOT/notes.csv --map text SITE")
+    for wrong in ("text=", "=note"):
+        with pytest.raises(ConfigurationError, match="expected PLAN=OWN"):
+            member(f"site data add x ROOT/notes.csv --unit mrn --map {wrong} SITE")
+
+
+def test_whom_the_records_protect_is_asked(member, base):
+    prepare(member, base)
+    for said in ("", "--unit mrn --unit-is-record"):
+        with pytest.raises(ConfigurationError, match="say whom privacy protects"):
+            member(f"site data add x ROOT/notes.csv --map note {said} SITE")
+    added = member("site data add x ROOT/notes.csv --map note --unit-is-record SITE")
+    assert "each row is protected by itself" in added
+    found = member.json("site data list SITE")["x"]
+    assert (found["unit"], found["unit_is_record"]) == (None, True)
+    assert found["columns"]["names"] == {"note": "note"}
+    assert "no plan may read" in member("site data add y ROOT/notes.csv --unit mrn SITE")
 
 
 def test_what_was_done_stands_in_the_journal_and_an_auditor_can_check_it(member, base):
@@ -252,18 +273,6 @@ def test_a_newer_roster_is_fetched_and_approved(member, tmp_path):
     assert (facts["pinned"]["epoch"], facts["waiting"]) == (2, None)
 
 
-def test_the_example_of_a_policy_is_one_and_its_comments_are_keys():
-    text = files("fedward.client").joinpath("policy.example.toml").read_text()
-    example = parse(Policy, tomllib.loads(text))
-    assert not example.automatic
-    assert example.models == example.datasets == ()
-    commented = "\n".join(
-        line.removeprefix("# ")
-        for line in text.splitlines()
-        if line.startswith("# ") and "=" in line
-    )
-    commented = commented.replace('"64 hex digits"', f'"{"0a" * 32}"')
-    parse(Policy, {**tomllib.loads(text), **tomllib.loads(commented)})
 def test_a_site_pauses_and_goes_on_and_its_journal_says_so_once(member):
     for _ in range(2):
         assert member.json("site pause SITE") == {"paused": True}
@@ -299,3 +308,15 @@ def test_a_site_leaves_and_joins_another_federation_with_the_same_books(member):
     ]  # fmt: skip
 
 
+def test_the_example_of_a_policy_is_one_and_its_comments_are_keys():
+    text = files("fedward.client").joinpath("policy.example.toml").read_text()
+    example = parse(Policy, tomllib.loads(text))
+    assert not example.automatic
+    assert example.models == example.datasets == ()
+    commented = "\n".join(
+        line.removeprefix("# ")
+        for line in text.splitlines()
+        if line.startswith("# ") and "=" in line
+    )
+    commented = commented.replace('"64 hex digits"', f'"{"0a" * 32}"')
+    parse(Policy, {**tomllib.loads(text), **tomllib.loads(commented)})

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,12 @@ from fedward.client.data_sources import (
     Columns,
     DataSource,
     add_model,
-    add_source,
     load_source,
-    look,
     model_folder,
-    site_records,
     source_names,
 )
 from fedward.client.site_folder import SiteConfig, SiteFolder
+from fedward.client.site_records import add_source, files_identity, look, site_records
 from fedward.errors import ConfigurationError, DataError, InvalidValue, ModelError
 from fedward.plan import Data, Model, Plan, Split, Task
 from fedward.tuning.models import fingerprint
@@ -69,21 +68,65 @@ def test_a_source_is_kept_as_it_was_added(folder, file):
     assert (facts.columns, facts.held_out) == (("note", "code", "mrn"), None)
     assert load_source(folder, "notes") == source(file)
     assert source_names(folder) == ["notes"]
-    add_source(folder, "notes", source(file, unit=None))
-    assert load_source(folder, "notes").unit is None
+    add_source(folder, "notes", source(file, unit=None, unit_is_record=True))
+    assert load_source(folder, "notes").unit_is_record
 
 
 def test_records_come_in_the_words_of_the_plan(file):
     train, apart = site_records(source(file), CLASSIFY)
     assert apart is None
-    assert train.rows[0] == {"text": "a", "label": "flu", "patient": "1"}
+    assert train.rows[0] == {"text": "a", "label": "flu", "unit of privacy": "1"}
     assert train.units == ((0, 1), (2,))
 
 
 def test_a_plan_for_rows_is_read_for_patients_where_the_site_says_who_they_are(file):
     rows_only = dataclasses.replace(CLASSIFY, data=Data())
     assert len(site_records(source(file), rows_only)[0].units) == 2
-    assert len(site_records(source(file, unit=None), rows_only)[0].units) == 4, "control"
+    single = source(file, unit=None, unit_is_record=True)
+    assert len(site_records(single, rows_only)[0].units) == 4, "control"
+    assert len(site_records(single, CLASSIFY)[0].units) == 4, "and this is the site's to say, too"
+
+
+@pytest.mark.parametrize("changes", [{"unit": None}, {"unit_is_record": True}])
+def test_whom_privacy_protects_must_be_said_once(file, changes):
+    with pytest.raises(InvalidValue, match="or else unit_is_record = true"):
+        source(file, **changes)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Data(text="mrn", label="label"),
+        Data(text="patient", label="label", unit="patient"),
+        Data(template="{text} {mrn}", label="label"),
+        Data(text="note", label="label"),
+    ],
+)
+def test_a_column_that_is_not_declared_is_not_read(file, data):
+    """Nor the one that names the patient, by whatever name the plan asks for it."""
+    with pytest.raises(ConfigurationError, match="does not declare"):
+        site_records(source(file), dataclasses.replace(CLASSIFY, data=data))
+
+
+def test_a_unit_of_a_declared_column_s_name_does_not_take_its_place(file):
+    data = Data(text="text", label="label", unit="text")
+    rows = site_records(source(file), dataclasses.replace(CLASSIFY, data=data))[0].rows
+    assert [row["text"] for row in rows] == ["a", "b", "c"]
+
+
+def test_a_file_that_was_written_to_is_another(file):
+    before, stat = files_identity(source(file)), file.stat()
+    assert files_identity(source(file)) == before
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"flu", b"flo"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a copy that keeps times does
+    assert file.stat().st_size == stat.st_size
+    changed = files_identity(source(file))
+    assert changed != before
+    other = file.with_name("other.csv")
+    other.write_bytes(data)
+    other.replace(file)
+    assert files_identity(source(file)) not in {before, changed}
 
 
 def test_what_only_simulations_have_does_not_matter_here(file):
@@ -97,13 +140,21 @@ def test_what_only_simulations_have_does_not_matter_here(file):
 
 def test_a_share_of_the_patients_is_kept_apart(tmp_path):
     path = tmp_path / "notes.csv"
-    write(path, [{"note": "x", "code": "flu", "mrn": i // 2} for i in range(40)])
+    rows = [{"note": "x", "code": "flu", "mrn": i // 2} for i in range(400)]
+    write(path, rows)
     train, apart = site_records(source(path), CLASSIFY, held_out=0.25)
     assert apart is not None
-    assert (len(train.units), len(apart.units)) == (15, 5)
-    mine, theirs = ({row["patient"] for row in part.rows} for part in (train, apart))
+    assert len(train.units) + len(apart.units) == 200
+    assert 30 < len(apart.units) < 70  # 3 standard deviations are 18
+    mine, theirs = ({row["unit of privacy"] for row in part.rows} for part in (train, apart))
     assert not mine & theirs
     assert site_records(source(path), CLASSIFY, held_out=0.25)[1] == apart, "the same each time"
+    write(path, rows[2:300] + rows[302:])
+    fewer = site_records(source(path), CLASSIFY, held_out=0.25)
+    for part, before in zip(fewer, (mine, theirs), strict=True):
+        assert part is not None
+        now = {row["unit of privacy"] for row in part.rows}
+        assert now == before - {"0", "150"}, "who goes moves nobody else"
 
 
 def test_a_folder_with_a_test_file_keeps_that_apart(tmp_path):

@@ -1,5 +1,6 @@
 """Every check of the doctor passes on a site that is well, and fails on one made ill."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,17 +11,17 @@ from typer.testing import CliRunner
 
 from fedward.attempt import Attempt
 from fedward.client import doctor
-from fedward.client.data_sources import DataSource, add_source
 from fedward.client.operations_cli import operations_app
 from fedward.client.policy import Policy, load_policy
 from fedward.client.reach import Finding
 from fedward.client.site_folder import SiteConfig, SiteFolder
+from fedward.client.site_records import add_source
 from fedward.identity import Identity, Member, Roster, seal_roster
 from fedward.privacy.accounting import SampledGaussian
 from fedward.privacy.ledger import Ledger
 from fedward.private_files import write_private
 from fedward.tuning.models import fingerprint
-from tests.client.well import make_site
+from tests.client.well import make_site, source
 from tests.simulations import tiny
 
 
@@ -164,8 +165,11 @@ def test_records_that_cannot_be_used(site, tmp_path):
 
 
 def test_records_of_nobody_knows_whom(site, tmp_path):
-    add_source(site, "notes", DataSource(path=str(tmp_path / "records")))
-    assert [verdict(f) for f in doctor.check_datasets(site, policy_of(site))] == ["warn"]
+    add_source(site, "notes", source(tmp_path / "records", unit=None, unit_is_record=True))
+    policy = policy_of(site)
+    assert [verdict(f) for f in doctor.check_datasets(site, policy)] == ["fail"]
+    loose = dataclasses.replace(policy, units=("patient", "record"))
+    assert [verdict(f) for f in doctor.check_datasets(site, loose)] == ["warn"]
 
 
 def test_a_ledger_that_was_spent_changed_or_lost(site):

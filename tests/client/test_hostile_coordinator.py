@@ -29,6 +29,7 @@ from fedward.plan import Cohort, Plan, Privacy, Tuner
 from fedward.privacy.ledger import Ledger
 from fedward.typed_toml import dump
 from tests.client.desk import PLAN, POLICY, RUN, SITES, Desk, replaced
+from tests.client.well import declare
 
 FIRST = Attempt(run=RUN, round=1)
 SECOND = Attempt(run=RUN, round=2)
@@ -47,6 +48,7 @@ class Field(Desk):
             key.save(folder.key)
             SiteFolder.create(folder.root, SiteConfig(name=f"site{site}"))
             folder.policy.write_text(dump(self.policy))
+            declare(folder)
             now = datetime(2026, 5, 1, tzinfo=UTC)
             approve(folder, PLAN, who="jo", now=now)
         policy = load_policy(folder.policy)
@@ -322,8 +324,6 @@ def test_nobody_can_answer_for_a_site(field):
         open_letter(seal_letter(letter, field.keys[1], "site"), field.roster.key(0), "site")
 
 
-# The journal itself.
-
 # A site that takes a rest.
 
 
@@ -337,6 +337,8 @@ def test_a_paused_site_ends_the_round_in_hand_and_takes_no_other(field):
     field.site(0).paused.unlink()
     field.round(2)
 
+
+# The journal itself.
 
 
 def test_a_journal_that_cannot_be_written_stops_the_site(field):

@@ -48,6 +48,9 @@ def test_a_plan_at_every_limit_is_allowed():
         ({"learning_rate": (0.0, 0.9)}, "learning_rate 1 is not in 0 to 0.9"),
         ({"update_clip": (2.0, 2.0)}, "update_clip 1 is not in 2 to 2"),
         ({"max_steps": 1, "max_length": 511}, "512 tokens are above max_length = 511"),
+        ({"quantize": ("nf4",)}, "quantisation 'none' is not in quantize"),
+        ({"sampling_rate": (0.0, 0.05)}, "sampling_rate 0.1 is not in 0 to 0.05"),
+        ({"max_records_per_unit": 3}, "4 records of a unit are above max_records_per_unit = 3"),
         ({"permit": "R-7", "permit_until": "2026-04-30"}, "permit R-7 ended on 2026-04-30"),
         ({"hours": ("20:00-06:00",)}, "it is Fri 12:00 here, outside of hours = 20:00-06:00"),
     ],
@@ -119,6 +122,30 @@ def test_layers_and_a_new_head_may_be_trained(arguments):
     POLICY.check(tuned(**arguments))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rank_pattern": {"(a+)+b": 4}},
+        {"alpha_pattern": {"^x": 4}},
+        {"exclude_modules": "(a|a)*c"},
+        {"exclude_modules": ["q_proj", "v proj"]},
+        {"layers_pattern": ["(.*)*h"]},
+        {"modules_to_save": ["(a+)+.score"]},
+        {"target_modules": ["x" * 201]},
+        {"rank_pattern": {"é": 4}},
+    ],
+)
+def test_a_name_that_is_a_pattern_is_refused(arguments):
+    """PEFT would match every module of the model against it, which need never end."""
+    with pytest.raises(PolicyRefusal, match="expected plain names") as caught:
+        POLICY.check(tuned(**arguments))
+    assert len(caught.value.reasons) == 1
+
+
+def test_plain_names_of_layers_may_have_ranks_of_their_own():
+    POLICY.check(tuned(rank_pattern={"layers.0.q_proj": 4}, exclude_modules=["k_proj"]))
+
+
 def test_a_policy_may_let_an_embedding_be_trained():
     """The site's word is the last in both directions; the trainer refuses it all the same."""
     loose = dataclasses.replace(POLICY, frozen=())
@@ -175,6 +202,8 @@ def test_no_file_no_training(tmp_path):
         {"colluders": -1},
         {"max_steps": 0},
         {"max_length": 7},
+        {"max_records_per_unit": 0},
+        {"sampling_rate": (0.5, 0.1)},
         {"gpu_memory": 0.0},
         {"clip": (1.0,)},
         {"learning_rate": (2.0, 1.0)},

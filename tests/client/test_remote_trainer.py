@@ -11,9 +11,10 @@ from fedward.attempt import Attempt
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
 from fedward.client.remote_trainer import RemoteTrainer
-from fedward.client.trainer import LocalTrainer, TrainRequest
+from fedward.client.trainer import LocalTrainer
 from fedward.client.trainer_process import TrainerProcess
 from fedward.client.trainer_service import serve
+from fedward.client.training import TrainRequest
 from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.plan import Metrics, Plan
 from fedward.tuning.tuned import tuned_model

@@ -15,19 +15,22 @@ import pytest
 from fedward.attempt import Attempt
 from fedward.client.agent import Agent
 from fedward.client.approval import Consent
-from fedward.client.data_sources import DataSource, add_source, site_records
+from fedward.client.data_sources import DataSource
 from fedward.client.journal import Journal, export_journal
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import load_policy
 from fedward.client.safe_logs import SafeFilter
 from fedward.client.site_folder import SiteConfig, SiteFolder
-from fedward.client.trainer import LocalTrainer, Scores, TrainRequest, TrainResult
+from fedward.client.site_records import add_source, site_records
+from fedward.client.trainer import LocalTrainer
+from fedward.client.training import Scores, TrainRequest, TrainResult
 from fedward.errors import FedwardError, SiteCode
 from fedward.messages import open_letter
 from fedward.plan import Data, Plan, Task
 from fedward.privacy.ledger import Ledger
 from fedward.typed_toml import dump
 from tests.client.desk import PLAN, POLICY, RUN, Desk
+from tests.client.well import declare, source
 
 CANARY = "CANARY-Mrs-Jane-Roe"
 FIRST = Attempt(run=RUN, round=1)
@@ -135,6 +138,7 @@ class Site(Desk):
         SiteFolder.create(folder.root, SiteConfig(name=f"site{site}"))
         policy = dataclasses.replace(POLICY, datasets=("notes",))
         folder.policy.write_text(dump(policy))
+        declare(folder)
         key = self.keys[site]
         ledger = Ledger.open(folder.ledger, key, epsilon=8.0, delta=1e-5)
         memory = SiteMemory.open(folder.memory, key, ledger)
@@ -149,7 +153,7 @@ class Site(Desk):
             ledger=ledger,
             memory=memory,
             journal=journal,
-            trainer=FileTrainer(DataSource(path=str(self.path))),
+            trainer=FileTrainer(source(self.path)),
             key=bytes(32),
         )
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,22 @@ import numpy as np
 import pytest
 
 from fedward.attempt import Attempt
+from fedward.client import trainer_pb2 as wire
+from fedward.client.data_sources import Columns, load_source
 from fedward.client.policy import Policy
 from fedward.client.remote_trainer import RemoteTrainer, site_remote_trainer
 from fedward.client.sandbox import offline_environment
-from fedward.client.site_trainer import check_trained, trainer_maker, within_policy
-from fedward.client.trainer import TrainRequest
+from fedward.client.site_folder import SiteFolder
+from fedward.client.site_records import add_source
+from fedward.client.site_trainer import admission, check_trained, trainer_maker
+from fedward.client.trainer import LocalTrainer
 from fedward.client.trainer_process import TrainerProcess
+from fedward.client.trainer_service import TrainerService
+from fedward.client.training import TrainRequest
 from fedward.errors import DataError, ModelError, PolicyRefusal
 from fedward.plan import Plan
 from fedward.tuning.tuned import tuned_model
-from tests.client.well import make_site
+from tests.client.well import declare, make_site, source
 from tests.simulations import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -134,7 +141,94 @@ def test_an_agent_that_was_taken_over_gets_no_update_without_noise(base, tmp_pat
     site, plan = make_site(tmp_path, base), tiny.make_plan(base)
     bare = dataclasses.replace(plan, privacy=dataclasses.replace(plan.privacy, epsilon=math.inf))
     with pytest.raises(PolicyRefusal, match="max_epsilon"):
-        within_policy(site, trainer_maker(site))(bare, "notes", lambda _: None)
+        admission(site)(bare, "notes", load_source(site, "notes").hash())
+
+
+def test_an_agent_that_was_taken_over_gets_no_other_records(base, tmp_path):
+    site, plan = make_site(tmp_path, base), tiny.make_plan(base)
+    approved = load_source(site, "notes").hash()
+    declare(site, "letters")
+    admit = admission(site)
+    admit(plan, "notes", approved)
+    for dataset, given, reason in (
+        ("letters", load_source(site, "letters").hash(), "'letters' is not in datasets"),
+        ("notes", load_source(site, "letters").hash(), "has changed since the agent looked"),
+    ):
+        with pytest.raises(PolicyRefusal, match=reason):
+            admit(plan, dataset, given)
+    reader = dataclasses.replace(plan, data=dataclasses.replace(plan.data, text="hospital"))
+    with pytest.raises(PolicyRefusal, match="it reads column 'hospital'"):
+        admit(reader, "notes", approved)
+
+
+def file_changes(site: SiteFolder, records: Path) -> None:
+    tiny.write_data(records, tiny.make_rows("a", 5))
+
+
+def file_is_replaced(site: SiteFolder, records: Path) -> None:
+    path = records / "train.jsonl"
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    copy.replace(path)
+
+
+def file_comes(site: SiteFolder, records: Path) -> None:
+    tiny.write_data(records, tiny.make_rows("b", 3), "test")
+
+
+def map_changes(site: SiteFolder, records: Path) -> None:
+    add_source(site, "notes", source(records, columns=Columns(names={"text": "x", "label": "y"})))
+
+
+def policy_changes(site: SiteFolder, records: Path) -> None:
+    site.policy.write_text(site.policy.read_text() + "gpu_memory = 1.0\n")
+
+
+def configuration_changes(site: SiteFolder, records: Path) -> None:
+    site.write_config(dataclasses.replace(site.config(), physical_batch=2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        file_changes,
+        file_is_replaced,
+        file_comes,
+        map_changes,
+        policy_changes,
+        configuration_changes,
+    ],
+)
+def test_no_trainer_outlives_what_it_was_made_of(base, tmp_path, change):
+    site, plan, records = make_site(tmp_path, base), tiny.make_plan(base), tmp_path / "records"
+    rows = [{**row, "x": row["text"], "y": row["label"]} for row in tiny.make_rows("a", 4)]
+    tiny.write_data(records, rows)
+    made = list[str]()
+
+    def make(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
+        made.append(dataset)
+        return trainer_maker(site)(plan, dataset, on_step)
+
+    service = TrainerService(make, admission(site))
+
+    def ask() -> LocalTrainer:
+        name, approved = "notes", load_source(site, "notes").hash()
+        return service._trainer(plan, wire.Task(dataset=name, source=approved))
+
+    first = ask()
+    assert ask() is first, "control: it is kept while nothing changes"
+    change(site, records)
+    assert ask() is not first
+    assert len(made) == 2
+
+
+def test_what_was_added_to_the_file_is_trained_on(base, tmp_path):
+    site, plan, records = make_site(tmp_path, base), tiny.make_plan(base), tmp_path / "records"
+    service = TrainerService(trainer_maker(site), admission(site))
+    task = wire.Task(dataset="notes", source=load_source(site, "notes").hash())
+    assert service._trainer(plan, task).units == 4
+    tiny.write_data(records, tiny.make_rows("a", 9))
+    assert service._trainer(plan, task).units == 9
 
 
 @pytest.mark.slow
@@ -143,6 +237,6 @@ def test_the_command_trains_as_a_child_of_the_agent(base, tmp_path):
     remote = site_remote_trainer(site, child=True)
     remote.prepare(asked(plan))
     assert np.isfinite(remote.train(asked(plan)).update).all()
-    with pytest.raises(DataError):  # a tenth of four patients is nobody
+    with pytest.raises(DataError):  # it keeps nobody apart
         remote.evaluate(plan, asked(plan).adapter)
     remote.close()

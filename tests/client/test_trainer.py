@@ -11,7 +11,8 @@ import torch
 
 from fedward.attempt import Attempt
 from fedward.client import trainer as module
-from fedward.client.trainer import LocalTrainer, TrainRequest, mechanism
+from fedward.client.trainer import LocalTrainer, mechanism
+from fedward.client.training import TrainRequest
 from fedward.errors import DataError, ModelError
 from fedward.plan import Metrics, Plan, Privacy
 from fedward.privacy.accounting import epsilon

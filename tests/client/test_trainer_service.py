@@ -12,9 +12,10 @@ import pytest
 
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
+from fedward.client.remote_trainer import OPTIONS
 from fedward.client.trainer import LocalTrainer
-from fedward.client.trainer_service import OPTIONS, TrainerService, serve
-from fedward.errors import ConfigurationError, DataError, UncoveredParameters
+from fedward.client.trainer_service import TrainerService, serve
+from fedward.errors import ConfigurationError, DataError, PolicyRefusal, UncoveredParameters
 from fedward.plan import Plan
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import layout_to_bytes
@@ -228,6 +229,31 @@ def test_each_data_source_has_a_trainer_of_its_own(plan, start):
     for dataset in ("notes", "letters", "notes", "letters"):
         assert kinds(stub.Prepare(asked(plan, dataset=dataset))) == ["done"]
     assert made == ["notes", "letters"]
+
+
+def test_a_trainer_serves_only_while_what_it_was_made_of_stays_the_same(plan, sockets):
+    states, made = [b"1", b"1", b"2", b"2"], list[str]()
+
+    def counted(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
+        made.append(dataset)
+        return make(plan, dataset, on_step)
+
+    def admit(plan: Plan, dataset: str, approved: bytes) -> bytes:
+        if dataset != "notes" or approved != b"hash":
+            raise PolicyRefusal(["not these"])
+        return states.pop(0)
+
+    server = serve(sockets / "u.sock", counted, admit)
+    with grpc.insecure_channel(f"unix:{sockets / 'u.sock'}", options=OPTIONS) as channel:
+        stub = rpc.TrainerStub(channel)  # type: ignore[no-untyped-call]  # generated
+        for _ in range(4):
+            answers = stub.Prepare(asked(plan, dataset="notes", source=b"hash"))
+            assert kinds(answers) == ["done"]
+        assert len(made) == 2
+        for wrong in ({"dataset": "other"}, {"source": b"other"}):
+            given = {"dataset": "notes", "source": b"hash"} | wrong
+            assert failure(stub.Prepare(asked(plan, **given))) == "FAILURE_PLAN"
+    server.stop(None).wait()
 
 
 def test_an_agent_that_goes_away_stops_the_training(plan, base, start):

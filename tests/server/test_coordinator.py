@@ -25,6 +25,7 @@ from fedward.server.engine import Engine
 from fedward.server.runs import RunBook, RunState
 from fedward.server.superlink import admit_nodes, open_state
 from tests.client import desk
+from tests.client.well import declare
 from tests.server import office
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -55,6 +56,7 @@ class House:
         self.sites = office.enrol_sites(self.folder, root, ["x", "y", "z"])
         for site in self.sites:
             write_private(site.policy, POLICY.encode())
+            declare(site)
         admit_nodes(open_state(self.folder.fleet_database), office.fleet_keys(self.folder))
 
     @contextlib.contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from fedward.attempt import Attempt
-from fedward.client.trainer import LocalTrainer, TrainRequest, mechanism
+from fedward.client.trainer import LocalTrainer, mechanism
+from fedward.client.training import TrainRequest
 from fedward.plan import Plan
 from fedward.simulations.comparison import evaluate_adapter, pooled, train_in_one_place
 from fedward.tuning.tuned import tuned_model

@@ -22,7 +22,7 @@ import pytest
 from fedward import typed_toml
 from fedward.attempt import Attempt
 from fedward.canonical import Json
-from fedward.client.trainer import Trainer
+from fedward.client.training import Trainer
 from fedward.plan import Plan
 from fedward.server.rounds import Observer
 from fedward.server.store import Phase

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedward.attempt import Attempt
-from fedward.client.trainer import TrainRequest
+from fedward.client.training import TrainRequest
 from fedward.errors import (
     ConfigurationError,
     DataError,

@@ -14,7 +14,8 @@ from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.masks import Words
 from fedward.attempt import Attempt
 from fedward.canonical import Json
-from fedward.client.trainer import LocalTrainer, Scores, Trainer, TrainRequest, TrainResult
+from fedward.client.trainer import LocalTrainer
+from fedward.client.training import Scores, Trainer, TrainRequest, TrainResult
 from fedward.plan import Cohort, Data, Model, Plan, Privacy, Rounds, Task, Tuner
 from fedward.server.rounds import Observer
 from fedward.server.store import Event, Phase, RunStore

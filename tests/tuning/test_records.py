@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import pytest
@@ -16,6 +16,7 @@ from fedward.errors import DataError
 from fedward.plan import Data, Plan, Split, Task
 from fedward.tuning import records
 from fedward.tuning.records import (
+    Table,
     find_splits,
     group,
     hold_out,
@@ -120,6 +121,10 @@ class TestReading:
         assert read_records(path, chats).rows[0]["talk"][1]["content"] == "Yes?"
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    return Table(columns=tuple(rows[0]), rows=tuple(rows))
+
+
 def cache_files() -> Iterable[Path]:
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     return home.rglob("*") if home.exists() else ()
@@ -148,7 +153,7 @@ class TestErrorsNeverQuoteARecord:
     def test_of_a_row(self, tmp_path, monkeypatch, change, match):
         rows = [row | {"text": CANARY} for row in ROWS]
         rows[2] = rows[2] | change
-        monkeypatch.setattr(records, "_read", lambda path: rows)
+        monkeypatch.setattr(records, "read_table", lambda path: table(rows))
         site = Data(unit="patient", site="hospital")
         self.refused(tmp_path / "a.jsonl", plan(data=site), match)
 
@@ -164,7 +169,7 @@ class TestErrorsNeverQuoteARecord:
         ],
     )
     def test_of_a_conversation(self, tmp_path, monkeypatch, talk):
-        monkeypatch.setattr(records, "_read", lambda path: [{"talk": talk}])
+        monkeypatch.setattr(records, "read_table", lambda path: table([{"talk": talk}]))
         chats = plan(task=Task(max_length=32), data=Data(messages="talk"))
         self.refused(tmp_path / "a.jsonl", chats, "row 1: column 'talk'")
 
@@ -200,6 +205,103 @@ class TestErrorsNeverQuoteARecord:
     def test_of_a_file_that_is_not_there(self, tmp_path):
         self.refused(tmp_path / "a.jsonl", plan(), "not readable as json")
         self.refused(tmp_path / "a.xlsx", plan(), r"expected \.jsonl")
+
+
+def left_out(path: Path, **sections: Any) -> list[Any]:
+    """The patients that stay when those who do not fit are left out."""
+    found = read_records(path, plan(**sections), leave_out=True)
+    return sorted({row["patient"] for row in found.rows}, key=str)
+
+
+class TestOneUnitDoesNotDecideOverAnother:
+    """For every fault in one patient's rows: the others' are read as without it, and no error."""
+
+    GOOD: ClassVar = [
+        {"patient": name, "text": f"a note {name}", "label": "surgery"} for name in "abcd"
+    ]
+
+    @pytest.mark.parametrize(
+        "odd",
+        [
+            '{"patient": "x", "text": 3, "label": "surgery"}',
+            '{"patient": "x", "text": "t", "label": "none of them"}',
+            '{"patient": "x", "text": "t", "label": 1.5}',
+            '{"patient": "x", "text": "t"}',
+            '{"patient": "x", "text": "half a pair \\ud800", "label": "surgery"}',
+            '{"patient": 2.5, "text": "t", "label": "surgery"}',
+            '{"patient": {"name": "x"}, "text": "t", "label": "surgery"}',
+            '{"patient": "x", "text": "torn',
+            "x",
+            "[" * 100000,
+            '"x"',
+            "null",
+        ],
+    )
+    @pytest.mark.parametrize("place", [0, 2, 4])
+    def test_in_json_lines(self, tmp_path, odd, place):
+        lines = [json.dumps(row) for row in self.GOOD]
+        (tmp_path / "good.jsonl").write_text("\n".join(lines))
+        lines.insert(place, odd)
+        (tmp_path / "odd.jsonl").write_text("\n".join(lines))
+        clean, odd_one = (
+            read_records(tmp_path / name, plan(), leave_out=True)
+            for name in ("good.jsonl", "odd.jsonl")
+        )
+        assert odd_one == clean
+        assert len(clean.units) == 4
+        with pytest.raises(DataError):
+            read_records(tmp_path / "odd.jsonl", plan())
+
+    @pytest.mark.parametrize(
+        "odd",
+        [b"x,t", b"x,t,surgery,more", b"x,t,none", b"x,\xff\xfe,surgery", b'x,"a ""q"" b",none'],
+    )
+    def test_in_a_table(self, tmp_path, odd):
+        lines = [",".join(row.values()).encode() for row in self.GOOD]
+        path = tmp_path / "odd.csv"
+        path.write_bytes(b"\n".join([b"patient,text,label", *lines[:2], odd, *lines[2:]]))
+        assert left_out(path) == list("abcd")
+        with pytest.raises(DataError):
+            read_records(path, plan())
+
+    def test_all_rows_of_the_unit_go(self, tmp_path):
+        rows = [*self.GOOD, {"patient": "a", "text": None, "label": "surgery"}]
+        assert left_out(jsonl(tmp_path / "a.jsonl", rows)) == list("bcd")
+
+    def test_a_row_of_nobody_takes_nobody_along(self, tmp_path):
+        named = {"patient": "None", "text": "t", "label": "surgery"}
+        rows = [named, {"patient": None, "text": None, "label": "surgery"}]
+        assert left_out(jsonl(tmp_path / "a.jsonl", rows)) == ["None"]
+
+    def test_one_value_changes_no_other_s_type(self, tmp_path):
+        """A reader that guesses a column's type from all rows reads 1 as 1.0 beside 2.5."""
+        rows = [{"patient": 1, "text": "t", "label": "surgery"}]
+        rows += [{"patient": 2.5, "text": "t", "label": "surgery"}]
+        path = jsonl(tmp_path / "a.jsonl", rows)
+        assert left_out(path) == [1]
+        guessed = datasets.Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+        assert guessed["patient"] == [1.0, 2.5], "control"
+
+    def test_even_all_may_be_left_out(self, tmp_path):
+        for text in ("", "x\n", '{"no": "column"}\n'):
+            (tmp_path / "a.jsonl").write_text(text)
+            assert left_out(tmp_path / "a.jsonl") == []
+        (tmp_path / "a.csv").write_text("patient,text,label\n")
+        assert left_out(tmp_path / "a.csv") == []
+
+    def test_what_no_patient_decides_is_still_an_error(self, tmp_path):
+        (tmp_path / "header.csv").write_text("patient,note,label\na,t,surgery\n")
+        (tmp_path / "bad.parquet").write_text("x")
+        (tmp_path / "bad.json").write_text("x")
+        for name in ("header.csv", "bad.parquet", "bad.json", "none.jsonl"):
+            with pytest.raises(DataError):
+                left_out(tmp_path / name)
+
+
+def test_a_list_of_objects_is_read_too(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ROWS, indent=1))
+    assert read_records(path, plan()) == read_records(written(tmp_path, "jsonl"), plan())
 
 
 class TestSplits:
