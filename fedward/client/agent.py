@@ -23,7 +23,7 @@ from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.schemes import next_vector
 from fedward.aggregation.site_session import SiteSession
-from fedward.aggregation.transcript import Outcome, task_hash
+from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.client.approval import Consent
@@ -31,7 +31,7 @@ from fedward.client.codes import LIBRARY_ERRORS, code_of, reason_of, safe_repr
 from fedward.client.journal import Journal, answer_facts, reservation_facts
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import Policy
-from fedward.client.training import Trainer, TrainRequest, TrainResult
+from fedward.client.trainer import Trainer, TrainRequest, TrainResult
 from fedward.errors import (
     FedwardError,
     IdentityError,
@@ -67,15 +67,6 @@ class _Work:
     result: TrainResult
     expected: SessionParameters
     session: SiteSession
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Model:
-    """The adapter of the last task, and what its session ended in if this site was in it."""
-
-    attempt: Attempt
-    adapter: bytes
-    outcome: Outcome | None = None
 
 
 class Agent:
@@ -116,7 +107,6 @@ class Agent:
         self._trainer, self._secret = trainer, SecureStream(key)
         self._consent, self._journal = consent or Consent(policy), journal
         self._work: _Work | None = None
-        self._model: _Model | None = None
         self._answers: dict[str, tuple[bytes, RecordDict]] = {}
 
     def answer(self, records: RecordDict) -> RecordDict:
@@ -236,6 +226,7 @@ class Agent:
             plan=plan, attempt=attempt, draw=draw, adapter=adapter, layout=layout
         )
         self._trainer.prepare(request)  # before the ledger commits a whole run to this plan
+        self._memory.keep_task(attempt, adapter)
         self._ledger.open_run(
             attempt.run,
             plan.hash(),
@@ -266,7 +257,6 @@ class Agent:
             expected=expected,
             session=session,
         )
-        self._model = _Model(attempt=attempt, adapter=adapter)
         self._answers.clear()
         return SiteCode.READY
 
@@ -284,23 +274,34 @@ class Agent:
 
         It proves the arithmetic, and that the cohort is the one this site signed; that the words
         are the session's sum only a comparison of transcripts between sites can show. A site that
-        missed the round before has nothing to recompute from and relies on the task hash, which
-        binds all sites of a session to the same adapter.
+        missed rounds, or was told of none, has nothing to recompute from: the journal says which
+        sums it could not check. The task hash binds all sites of a session to the same adapter.
         """
-        attempt, adapter, last = letter.attempt, letter.part("adapter"), self._model
-        if last is None or last.attempt.run != attempt.run:
-            return
-        if last.attempt.round == attempt.round and last.adapter != adapter:
-            raise ProtocolError("the adapter changed between two attempts at one round")
-        if last.attempt.round != attempt.round - 1:
-            return
+        attempt, last, first = letter.attempt, self._memory.last_task(letter.attempt.run), 1
+        if last is not None:
+            first = last[0].round
+            if attempt.order < last[0].order:
+                raise ProtocolError("this site has taken a newer task of the run")
+            if attempt.round == first and last[1] != letter.part("adapter"):
+                raise ProtocolError("the adapter changed between two attempts at one round")
+            if attempt.round == first + 1:
+                self._recompute(letter, plan, layout, *last)
+                return
+        if attempt.round > first:
+            missed: Json = [first, attempt.round - 1]
+            _LOG.warning("round %d: sums of rounds %s were not checked", attempt.round, missed)
+            self._note("sums not checked", {"run": attempt.run, "rounds": missed})
+
+    def _recompute(
+        self, letter: Letter, plan: Plan, layout: Layout, then: Attempt, before: bytes
+    ) -> None:
+        """Compare a task's adapter with what the adapter before and the published sum give."""
         cohort = self._cohort(letter.part("cohort"), plan)
-        committed = _committed(letter.part("attempt"), last.attempt)
+        committed = _committed(letter.part("attempt"), then)
         # What it signed in an attempt that came to nothing binds no attempt that it missed.
-        signed = last.outcome if committed == last.attempt else None
-        if signed is not None and signed.survivors != cohort:
+        if self._memory.cohort(committed) not in {None, cohort}:
             raise ProtocolError("the published cohort is not the one this site signed")
-        start = vector_of(last.adapter, layout)
+        start = vector_of(before, layout)
         parameters = planned_session(
             plan, self._roster, committed, task_hash=bytes(32), dimension=len(start)
         )
@@ -308,8 +309,8 @@ class Agent:
         total, _ = unpack(words, parameters)
         mean = total / parameters.divisor(cohort)
         check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
-        expected = replace_vector(last.adapter, layout, next_vector(start, mean))
-        if expected != adapter:
+        expected = replace_vector(before, layout, next_vector(start, mean))
+        if expected != letter.part("adapter"):
             raise ProtocolError("the adapter is not what the published sum gives")
 
     def _cohort(self, data: bytes, plan: Plan) -> tuple[int, ...]:
@@ -341,10 +342,7 @@ class Agent:
             "consistency": session.consistency,
             "unmask": session.unmask,
         }
-        answer = steps[letter.action](message)
-        if self._model is not None:  # known from the moment that this site has signed it
-            self._model = dataclasses.replace(self._model, outcome=session.outcome)
-        return {"message": answer}
+        return {"message": steps[letter.action](message)}
 
     def _words(self, work: _Work) -> Words:
         """The update on the grid: clipped as a whole, rounded by the site's own secret stream."""
