@@ -31,7 +31,7 @@ from fedward.client.codes import LIBRARY_ERRORS, code_of, reason_of, safe_repr
 from fedward.client.journal import Journal, answer_facts, reservation_facts
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import Policy
-from fedward.client.trainer import Trainer, TrainRequest, TrainResult
+from fedward.client.training import Trainer, TrainRequest, TrainResult
 from fedward.errors import (
     FedwardError,
     IdentityError,
