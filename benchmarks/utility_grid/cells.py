@@ -46,8 +46,8 @@ class Task:
         test: The split that scores are taken on.
         data: Its columns.
         rates: Level to sampling rate; both draw about :data:`NORMALISER` of the rows' units.
-        learning_rate: AdamW's. What a number can move at most is this times the steps; chosen by
-            that, without looking at a test row.
+        learning_rate: AdamW's, one for every epsilon and tuner; chosen on training units that no
+            cell trains on (``docs/benchmarks.md``), without looking at a test row.
         score: What a test example scores.
     """
 
@@ -67,7 +67,7 @@ TASKS: Mapping[str, Task] = {
         test="test",
         data=Data(text="answer", label="qtype", unit="focus"),
         rates={"unit": 0.032, "record": 0.01},
-        learning_rate=5e-3,
+        learning_rate=2e-2,
         score="accuracy",
     ),
     "e2e": Task(
@@ -76,7 +76,7 @@ TASKS: Mapping[str, Task] = {
         test="validation",
         data=Data(prompt="input", completion="text", unit="mr"),
         rates={"unit": 0.085, "record": 0.01},
-        learning_rate=3e-3,
+        learning_rate=3e-2,
         score="loss",
     ),
 }
