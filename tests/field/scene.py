@@ -1,38 +1,17 @@
 """What the field test works on: plan, notes, secret keys, folders, the run without a fault."""
 
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flwr.app import Message
-from flwr.clientapp import ClientApp
-
-from fedward.attempt import Attempt
-from fedward.canonical import Json
-from fedward.client.agent import Agent
-from fedward.client.app import client_app
-from fedward.client.memory import SiteMemory
 from fedward.client.policy import Policy
 from fedward.client.site_folder import SiteFolder
-from fedward.client.trainer import LocalTrainer
-from fedward.identity import Roster
 from fedward.plan import Aggregation, Cohort, Data, Model, Plan, Privacy, Rounds, Task, Tuner
-from fedward.privacy.ledger import Ledger
-from fedward.private_files import write_private
-from fedward.server.coordinator_folder import CoordinatorFolder
-from fedward.server.rounds import RoundEngine
-from fedward.server.store import Phase, RunStore
-from fedward.simulations.grid import FIRST_NODE, LocalGrid
-from fedward.simulations.notes import SERVICES, generate, vocabulary
-from fedward.tuning.records import Records, group
+from fedward.simulations.notes import SERVICES, vocabulary
 from fedward.tuning.small import build_llama, build_tokenizer
-from fedward.tuning.vector import Layout
 
 HOSPITALS = ("northgate", "harbour", "valley", "summit")
 RUN = "field"
-ROUNDS = 6
+ROUNDS, SPARE = 8, 3
 PATIENTS = 24
 """Patients of each hospital that are trained on: the test is of the wire, not of the model."""
 
@@ -53,7 +32,7 @@ def make_base(folder: Path) -> Path:
 
 
 def make_plan(base: Path) -> Plan:
-    """Six rounds over the demo's notes, as a file would have them: the digest is not filled in."""
+    """Eight rounds over the demo's notes, as a file would have them: without the digest."""
     return Plan(
         name="field",
         model=Model(path=str(base)),
@@ -62,7 +41,7 @@ def make_plan(base: Path) -> Plan:
         data=Data(template="{text} Service:", unit="patient"),
         rounds=Rounds(
             count=ROUNDS,
-            spare=3,
+            spare=SPARE,
             steps=3,
             sampling_rate=1.0,  # at this rate the noise is found at once
             normaliser=24.0,
@@ -117,29 +96,22 @@ records_per_unit = {plan.privacy.records_per_unit}
     return path
 
 
-def records_of(hospital: str) -> Records:
-    """The first patients of one hospital of the demo."""
-    whole = group(generate(0).train[hospital], "patient")
-    rows = [row for row in whole.rows if row["patient"] in _first(whole)]
-    return group(rows, "patient")
+def masks_of(site: Path) -> Path:
+    """Where an agent notes its mask streams (:func:`tests.field.evidence.mark`)."""
+    return site.with_name(f"{site.name}.masks")
 
 
-def _first(records: Records) -> set[str]:
-    units = records.units[:PATIENTS]
-    return {str(records.rows[unit[0]]["patient"]) for unit in units}
-
-
-def make_trainer(hospital: str) -> LocalTrainer:
-    """The trainer of one hospital with its fixed key."""
-    return LocalTrainer(records_of(hospital), key=secret(hospital, "noise"))
+def draws_of(site: Path) -> Path:
+    """Where a trainer notes its noise streams; it may write nowhere else."""
+    return SiteFolder(root=site).cache / "draws"
 
 
 def make_policy(digest: str) -> Policy:
-    """A policy that allows the plan, and adopts what the coordinator signs."""
+    """A policy that allows every run of the test, and adopts what the coordinator signs."""
     return Policy(
-        max_epsilon=EPSILON,
+        max_epsilon=5 * EPSILON,
         delta=DELTA,
-        max_rounds=ROUNDS + 3,
+        max_rounds=ROUNDS + SPARE,
         models=(digest,),
         datasets=("notes",),
         minimum=3,
@@ -147,118 +119,3 @@ def make_policy(digest: str) -> Policy:
         automatic=True,
         automatic_roster=True,
     )
-
-
-def write_policy(folder: SiteFolder, digest: str) -> None:
-    """``policy.toml`` of a site."""
-    policy = make_policy(digest)
-    text = (
-        f"max_epsilon = {policy.max_epsilon}\n"
-        f"delta = {policy.delta}\n"
-        f"max_rounds = {policy.max_rounds}\n"
-        f'models = ["{digest}"]\n'
-        'datasets = ["notes"]\n'
-        f"minimum = {policy.minimum}\n"
-        f"colluders = {policy.colluders}\n"
-        "automatic = true\n"
-        "automatic_roster = true\n"
-    )
-    write_private(folder.policy, text.encode())
-
-
-def undisturbed(
-    folder: Path,
-    *,
-    coordinator: CoordinatorFolder,
-    sites: Mapping[str, SiteFolder],
-    roster: Roster,
-    plan: Plan,
-    start: bytes,
-    layout: Layout,
-    missing: tuple[int, str],
-) -> list[str]:
-    """The same run in this process over the simulation's grid, without a fault.
-
-    Args:
-        folder: Where its books go.
-        coordinator: Lends its key.
-        sites: Hospital → folder; each lends its key.
-        roster: As every site has pinned it.
-        plan: Frozen.
-        start: The first adapter.
-        layout: The trainable tensors.
-        missing: A round, and the hospital that does not take part in it.
-
-    Returns:
-        The digest of the adapter after each round.
-    """
-    ids = {member.name: member.id for member in roster.members}
-    nodes = {number: number + FIRST_NODE for number in ids.values()}
-    policy = make_policy(str(plan.model.sha256))
-
-    def build(name: str) -> Callable[[], ClientApp]:
-        identity = sites[name].identity()
-
-        def make() -> ClientApp:
-            for file in held.pop(name, ()):
-                file.close()
-            ledger = Ledger.open(folder / f"{name}.ledger", identity, epsilon=EPSILON, delta=DELTA)
-            memory = SiteMemory.open(folder / f"{name}.memory", identity, ledger)
-            held[name] = (ledger, memory)
-            return client_app(
-                Agent(
-                    site=ids[name],
-                    identity=identity,
-                    roster=roster,
-                    policy=policy,
-                    ledger=ledger,
-                    memory=memory,
-                    trainer=trainers[name],
-                    key=secret(name, "rounding"),
-                )
-            )
-
-        return make
-
-    def fault(node: int, message: Message) -> bool:
-        number, name = missing
-        return (node, message.metadata.group_id) == (nodes[ids[name]], str(number))
-
-    adapters = list[str]()
-
-    def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
-        if phase is Phase.COMMITTED and isinstance(facts, Mapping):
-            adapters.append(str(facts["adapter"]))
-            grid.revive(nodes[ids[missing[1]]])
-
-    held = dict[str, tuple[Ledger, SiteMemory]]()
-    trainers = {name: make_trainer(name) for name in ids}
-    grid = LocalGrid({nodes[ids[name]]: build(name) for name in ids}, fault=fault)
-    store = RunStore(folder)
-    RoundEngine(
-        plan=plan,
-        run=RUN,
-        identity=coordinator.identity(),
-        roster=roster,
-        nodes=nodes,
-        store=store,
-        start=start,
-        layout=layout,
-        observer=observe,
-    ).run(grid)
-    store.close()
-    grid.close()
-    for files in held.values():
-        for file in files:
-            file.close()
-    return adapters
-
-
-def spent_at_most(plan: Plan) -> float:
-    """The epsilon that no ledger may pass."""
-    return math.nextafter(plan.privacy.epsilon, math.inf)
-
-
-def frozen_like(plan: Plan, digest: str) -> Plan:
-    """The plan with its model's digest."""
-    return dataclasses.replace(plan, model=dataclasses.replace(plan.model, sha256=digest))

@@ -1,32 +1,98 @@
-"""One hospital of the field test: the real daemon, only its keys are fixed."""
+"""``fedward site run`` of one hospital of the field test: its keys are fixed, its masks noted.
+
+It waits in the middle of a session where the test asks for that.
+``python -m tests.field.site FOLDER HOSPITAL honest|leaking``. The leaking one is the control of the
+search for patients' words: it reads a note, logs it, and puts it beside its answers.
+"""
 
 import logging
 import os
-import signal
 import sys
-import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from fedward.client.daemon import run_site
-from fedward.client.remote_trainer import RemoteTrainer
-from fedward.client.site_folder import SiteFolder
-from fedward.client.trainer_process import TrainerProcess
-from tests.field import scene
+from fedward import cli
+from fedward.client.safe_logs import keep_records_out_of_logs
 
 
-def main(root: str, hospital: str) -> None:
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {hospital} %(message)s")
-    for noisy in ("httpx", "flwr"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    folder = SiteFolder.load(Path(root))
-    command = [sys.executable, "-m", "tests.field.trainer", str(folder.trainer_socket), hospital]
-    process = TrainerProcess(command, dict(os.environ))
-    process.start()
-    trainer = RemoteTrainer(folder.trainer_socket, process=process, start_seconds=600)
-    run_site(folder, trainer, stop, key=scene.secret(hospital, "rounding"))
-    process.stop()
+def note_masks(file: Path) -> None:
+    """Note every mask stream with the vector that it is applied to."""
+    from fedward.aggregation import masks, site_session
+    from fedward.aggregation.masks import Words
+    from tests.field import evidence
+
+    def noted(
+        vector: Words, *, add: Sequence[bytes], subtract: Sequence[bytes], threads: int
+    ) -> None:
+        for key in add:
+            evidence.mark(file, key + b"+", vector.tobytes())
+        for key in subtract:
+            evidence.mark(file, key + b"-", vector.tobytes())
+        masks.apply_masks(vector, add=add, subtract=subtract, threads=threads)
+
+    site_session.apply_masks = noted  # type: ignore[assignment]  # the test's own
+
+
+def hold_sessions(root: Path) -> None:
+    """Wait before the answer to a round's survivors, while the test wants it."""
+    from fedward.aggregation.site_session import SiteSession
+    from tests.field import hold
+
+    consistency = SiteSession.consistency
+
+    def held(session: SiteSession, message: bytes) -> bytes:
+        hold.stay(root, hold.survivors(session._expected.attempt.round))
+        return consistency(session, message)
+
+    SiteSession.consistency = held  # type: ignore[method-assign]  # the test's own
+
+
+def start_trainer(root: str, hospital: str) -> None:
+    """The child is the real train-service too, with fixed keys."""
+    from fedward.client import remote_trainer
+    from fedward.client.trainer_process import TrainerProcess
+
+    def process(command: Sequence[str], environment: Mapping[str, str]) -> TrainerProcess:
+        mine = [sys.executable, "-m", "tests.field.trainer", root, hospital]
+        kept = {name: os.environ[name] for name in ("PYTHONPATH", "FIELD_WATCH")}
+        return TrainerProcess(mine, {**environment, **kept})
+
+    remote_trainer.TrainerProcess = process  # type: ignore[assignment,misc]  # the test's own
+
+
+def leak(root: Path) -> None:
+    from fedward.client.agent import Agent
+    from fedward.client.data_sources import load_source
+    from fedward.client.site_folder import SiteFolder
+    from fedward.errors import SiteCode
+    from fedward.messages import Letter
+
+    folder, act = SiteFolder.load(root), Agent._act
+
+    def leaking(agent: Agent, letter: Letter) -> tuple[SiteCode, Mapping[str, bytes]]:
+        note = Path(load_source(folder, "notes").path).read_bytes()[:2000]
+        logging.getLogger("fedward.client.agent").warning("a note: %r", note)
+        code, parts = act(agent, letter)
+        return code, {**parts, "note": note}
+
+    Agent._act = leaking  # type: ignore[method-assign]  # the test's own
+
+
+def main(root: str, hospital: str, how: str) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    keep_records_out_of_logs()  # before any library is there, as the command has it
+    from fedward.client import daemon
+    from tests.field import scene
+
+    note_masks(scene.masks_of(Path(root)))
+    hold_sessions(Path(root))
+    start_trainer(root, hospital)
+    daemon.run_site = partial(daemon.run_site, key=scene.secret(hospital, "rounding"))  # type: ignore[assignment]  # the test's own
+    if how == "leaking":
+        leak(Path(root))
+    sys.argv = ["fedward", "site", "run", "--site", root]
+    cli.main()
 
 
 if __name__ == "__main__":

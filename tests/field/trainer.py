@@ -1,38 +1,60 @@
-"""The trainer process of one hospital in the field test: ``python -m tests.field.trainer``.
+"""``fedward site train-service`` of one hospital of the field test: ``FOLDER HOSPITAL``.
 
-It is the real service with the real trainer. Only its key is fixed, and it takes half a second more
-for each step, so that a kill can hit the middle of a training.
+It is the real command in its sandbox. Only the trainer's key is fixed, its noise streams are noted,
+and it waits in the middle of a training where the test asks for that.
 """
 
-import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from fedward.client.trainer import LocalTrainer
-from fedward.client.trainer_service import serve
-from fedward.plan import Plan
-from tests.field import scene
+from fedward import cli
+from fedward.client import operations_cli
 
 
-def main(socket: str, hospital: str) -> None:
-    torch.set_num_threads(1)
+def fix_trainer(root: Path, hospital: str) -> None:
+    """Give the trainers of this process their key, and note every noise stream and its update."""
+    from fedward.client import site_trainer
+    from fedward.client.trainer import LocalTrainer
+    from fedward.client.training import TrainRequest, TrainResult
+    from fedward.privacy.noise import SecureStream
+    from tests.field import evidence, hold, scene
 
-    def make(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
-        def slowly(step: int) -> None:
-            time.sleep(0.5)
-            on_step(step)
+    class Fixed(LocalTrainer):
+        def __init__(self, records, **given):
+            on_step = given.pop("on_step")
 
-        key = scene.secret(hospital, "noise")
-        return LocalTrainer(scene.records_of(hospital), key=key, on_step=slowly)
+            def held(step: int) -> None:
+                on_step(step)
+                if step == 2:
+                    hold.stay(root, hold.training(self._round))
 
-    server = serve(Path(socket), make)
-    while os.read(0, 1024):  # ends with the agent, whatever becomes of it
-        pass
-    server.stop(grace=None)
+            key = scene.secret(hospital, "noise")
+            super().__init__(records, key=key, on_step=held, **given)
+            self._round, self._streams = 0, list[SecureStream]()
+
+        def _stream(self, request: TrainRequest) -> SecureStream:
+            self._streams.append(super()._stream(request))
+            return self._streams[-1]
+
+        def train(self, request: TrainRequest) -> TrainResult:
+            self._round = request.attempt.round
+            result = super().train(request)
+            evidence.mark(scene.draws_of(root), self._streams[-1]._key, result.update.tobytes())
+            return result
+
+    site_trainer.LocalTrainer = Fixed  # type: ignore[misc]  # the test's own
+
+
+def main(root: str, hospital: str) -> None:
+    confine = operations_cli.confine
+
+    def confine_and_fix(cache: Path) -> None:
+        confine(cache)  # first of all, as the command has it
+        fix_trainer(Path(root), hospital)
+
+    operations_cli.confine = confine_and_fix
+    sys.argv = ["fedward", "site", "train-service", "--child", "--site", root]
+    cli.main()
 
 
 if __name__ == "__main__":
