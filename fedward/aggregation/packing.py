@@ -24,7 +24,11 @@ class SumTooLong(ProtocolError):
     """
 
     def __init__(self, cohort: Sequence[int]) -> None:
-        super().__init__("the published sum is longer than its sites' updates can be")
+        named = ", ".join(map(str, cohort))
+        super().__init__(
+            "the published sum is longer than its sites' updates can be: "
+            f"at least one of the sites {named} sent too much"
+        )
         self.cohort = tuple(cohort)
 
 

@@ -1,6 +1,7 @@
 """What a site must not forget about sessions, on its own disk."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -99,9 +100,10 @@ class SiteMemory:
     def remember_signed(self, outcome: Outcome) -> None:
         """Record that the site signs this survivor set, and no other of the session ever."""
         session, survivors = outcome.session.hex(), outcome.survivors_hash.hex()
-        cohort = list(outcome.survivors)
-        entry = {"kind": "signed", "session": session, "survivors": survivors, "cohort": cohort}
-        self._chain.append(entry)
+        cohort = outcome.survivors
+        self._chain.append(
+            {"kind": "signed", "session": session, "survivors": survivors, "cohort": cohort}
+        )
         self._signed[session] = survivors
         self._sign(cohort)
 
@@ -157,7 +159,7 @@ class SiteMemory:
         self._begun = run
         self._cohorts.pop(run, None)
 
-    def _sign(self, cohort: list[int]) -> None:
+    def _sign(self, cohort: Iterable[int]) -> None:
         """A site has one session at a time: what it signs belongs to the attempt begun last."""
         if self._begun is not None:
             self._cohorts[self._begun] = tuple(cohort)

@@ -332,8 +332,9 @@ def test_a_sum_that_the_sites_would_refuse_is_not_committed(make_rig, monkeypatc
 
     monkeypatch.setattr(liar, "_words", too_long)
     rig.run()
-    aborted = [facts["reason"] for _, facts in rig.facts(Phase.ABORTED)]
-    assert aborted == ["the published sum is longer than its sites' updates can be"]
+    [(_, facts)] = rig.facts(Phase.ABORTED)
+    assert facts["reason"].endswith("at least one of the sites 0, 1, 2, 3 sent too much")
+    assert facts["suspects"] == [[0, 1, 2, 3]]
     assert rig.cohorts == [[0, 2, 3], [0, 1, 3], [0, 1, 2]], "who may have lied takes turns"
 
 

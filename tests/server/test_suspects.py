@@ -2,14 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Message
 
 from fedward.aggregation import wire
+from fedward.aggregation.masks import Words
 from fedward.aggregation.transcript import party, sign
 from fedward.errors import CohortTooSmall, RoundError, SiteCode
 from fedward.messages import Letter, open_letter, seal_letter
@@ -72,8 +72,8 @@ def test_twin_with_more_liars_than_allowed_for_an_honest_site_is_framed():
     assert proven(groups("12", "13"), 1) == {1}
 
 
-def away(record: Record, number: int, *, sites: int = 8, minimum: int = 3, colluders: int = 1):
-    return record.away(range(sites), minimum=minimum, colluders=colluders, number=number)
+def away(record: Record, number: int, *, sites: int = 8, minimum: int = 3) -> frozenset[int]:
+    return record.away(range(sites), minimum=minimum, colluders=1, number=number)
 
 
 def test_the_two_of_a_dispute_take_turns():
@@ -146,7 +146,7 @@ class Changing(LocalGrid):
 
 
 @pytest.fixture
-def make_rig(tmp_path: Path):
+def make_rig(tmp_path):
     rigs = []
 
     def make(grid: type[LocalGrid], *, count: int, spare: int, sites: int, colluders: int) -> Rig:
@@ -172,7 +172,8 @@ class Slander(Changing):
     def change(self, letter: Letter) -> Letter:
         if letter.site != LIAR or letter.action != "masked" or letter.attempt.round > self.rounds:
             return letter
-        cohort = self.rig.desk.agents[LIAR]._work.session._state.cohort
+        work: Any = self.rig.desk.agents[LIAR]._work
+        cohort = work.session._state.cohort
         dealer, key = min(set(cohort.hellos) - {LIAR}), os.urandom(32)
         signature = sign(
             self.rig.desk.keys[LIAR], "C", cohort.session, party(LIAR), party(dealer), key
@@ -212,13 +213,13 @@ def test_twin_with_both_of_a_dispute_put_out_one_lie_ends_the_run(make_rig, monk
         rig.run()
 
 
-def too_long(rig: Rig, site: int) -> Callable[..., object]:
-    return lambda work: np.full(10, 1 << 30, dtype=np.uint32)  # twice the clip in each coordinate
+def too_long(work: object) -> Words:
+    return np.full(10, 1 << 30, dtype=np.uint32)  # twice the clip in each coordinate
 
 
 def test_a_site_that_sends_too_much_is_found_and_the_run_goes_on(make_rig, monkeypatch):
     rig = make_rig(LocalGrid, count=3, spare=5, sites=4, colluders=1)
-    monkeypatch.setattr(rig.desk.agents[3], "_words", too_long(rig, 3))
+    monkeypatch.setattr(rig.desk.agents[3], "_words", too_long)
     rig.run()
     assert rig.cohorts == [[0, 1, 2]] * 3
     suspects = [facts["suspects"] for _, facts in rig.facts(Phase.ABORTED)]
@@ -229,7 +230,7 @@ def test_a_site_that_sends_too_much_is_found_and_the_run_goes_on(make_rig, monke
 def test_twin_without_a_record_of_suspects_it_ends_the_run(make_rig, monkeypatch):
     monkeypatch.setattr(Record, "after", lambda self, number, facts: self)
     rig = make_rig(LocalGrid, count=3, spare=5, sites=4, colluders=1)
-    monkeypatch.setattr(rig.desk.agents[3], "_words", too_long(rig, 3))
+    monkeypatch.setattr(rig.desk.agents[3], "_words", too_long)
     with pytest.raises(RoundError, match="longer than its sites' updates can be"):
         rig.run()
     assert rig.cohorts == []
