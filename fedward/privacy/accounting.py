@@ -15,11 +15,10 @@ from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from opacus.accountants import PRVAccountant
-from opacus.accountants.analysis.rdp import compute_rdp
 
 from fedward.errors import InvalidValue
 from fedward.privacy.distributed import SharedGaussian
+from fedward.privacy.opacus_accountants import PRVAccountant, compute_rdp
 
 _GRID = 1000  # noise multipliers are whole thousandths
 _LARGEST = 100_000  # no noise multiplier is above this
