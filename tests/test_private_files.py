@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from fedward.errors import ConfigurationError
-from fedward.private_files import check_private, make_private_folder, write_private
+from fedward.private_files import (
+    check_private,
+    make_private_folder,
+    remove_durably,
+    write_private,
+)
 
 
 def mode(path: Path) -> int:
@@ -26,6 +31,24 @@ def test_folder_and_file_are_their_owners_whatever_the_umask(tmp_path, umask):
     assert mode(tmp_path / "a" / "b" / "file") == 0o600
     check_private(tmp_path / "a" / "b")
     check_private(tmp_path / "a" / "b" / "file")
+
+
+def test_what_is_removed_stays_removed(tmp_path, monkeypatch):
+    """The folder is synced after the name is gone, or a crash could bring it back."""
+    path, synced = tmp_path / "file", list[bool]()
+    write_private(path, b"x")
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            synced.append(path.exists())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    remove_durably(path)
+    assert synced == [False]
+    with pytest.raises(FileNotFoundError):
+        remove_durably(path)
 
 
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fedward.client import approval as approval_module
 from fedward.client.approval import (
     Approval,
     Consent,
@@ -25,6 +26,7 @@ from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.errors import ConfigurationError, IdentityError, LedgerError, PolicyRefusal
 from fedward.identity import Identity
 from fedward.plan import Data, Plan
+from fedward.private_files import remove_durably
 from fedward.typed_toml import dump
 from tests.client.test_policy import PLAN, POLICY
 from tests.client.well import declare
@@ -136,9 +138,17 @@ def test_a_plan_reads_no_column_that_the_site_has_not_declared(site):
     site.approve(dataclasses.replace(PLAN, data=Data(template="{text} is {label}")))
 
 
-def test_a_withdrawn_approval_no_longer_holds(site):
+def test_a_withdrawn_approval_no_longer_holds(site, monkeypatch):
     made = site.approve()
+    removed = list[Path]()
+
+    def remove(path: Path) -> None:
+        removed.append(path)
+        remove_durably(path)
+
+    monkeypatch.setattr(approval_module, "remove_durably", remove)
     withdraw(site.folder, made.plan[:8])
+    assert [path.stem for path in removed] == [made.plan], "a crash brings it not back"
     assert site.refusal()
     with pytest.raises(ConfigurationError, match="0 approved plans"):
         withdraw(site.folder, made.plan[:8])

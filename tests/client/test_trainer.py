@@ -212,9 +212,14 @@ def test_parameters_that_overflow_are_an_error_that_the_noise_explains(base):
         update(tiny.make_plan(base, rounds=rounds), tiny.make_records("a", 2))
 
 
-def test_a_site_without_records_is_told_so(plan):
+def test_a_site_without_records_answers_with_noise_and_says_so_at_home(base, caplog):
+    """An error would tell whether its only patient is there; without privacy it is one."""
+    found = update(tiny.make_plan(base), EMPTY)
+    assert np.isfinite(found).all()
+    assert np.abs(found).max() > 0
+    assert "its updates are noise alone" in caplog.text
     with pytest.raises(DataError, match="at least one patient"):
-        update(plan, EMPTY)
+        update(tiny.make_plan(base, privacy=tiny.NAKED), EMPTY)
 
 
 def test_a_patient_whose_record_does_not_fit_counts_as_zero(base, caplog):
