@@ -110,6 +110,7 @@ def _office(folder: SiteFolder) -> Office:
         ca=folder.ca,
         key=folder.fleet_key,
         note=folder.node,
+        most_bytes=load_policy(folder.policy).max_letter << 20,
     )
 
 

@@ -11,14 +11,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -39,6 +39,8 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_body,
+    get_object_head_values_from_object_content,
     get_object_id,
     get_object_tree,
     iterate_object_tree,
@@ -50,6 +52,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from google.protobuf.message import DecodeError
 
+from fedward.client.codes import LIBRARY_ERRORS
 from fedward.errors import FedwardError, IdentityError, SiteCode
 
 _LOG = logging.getLogger(__name__)
@@ -61,17 +64,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0
 _SHORTEST_POLL, _LONGEST_POLL = 0.1, 1.0
 _OBJECT_SECONDS = 180.0
 
-_LIBRARY_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    DecodeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_MOST_ANSWER = 8 << 20
+"""Most bytes of one answer; Flower sends arrays in pieces of 5 MB."""
+
+_LIBRARY_ERRORS = (DecodeError, *LIBRARY_ERRORS)
 """What Flower raises on bytes that somebody made up, and other libraries on anything."""
 
 
@@ -84,12 +80,14 @@ class Office:
         ca: The only certificate authority that its TLS is trusted by (PEM file).
         key: The site's EC P-384 node key (OpenSSH file).
         note: A file that remembers the node between two starts of this process.
+        most_bytes: Most bytes of one message, as it is sent and as it is put together again.
     """
 
     address: str
     ca: Path
     key: Path
     note: Path
+    most_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +121,7 @@ def stay_connected(
             with _open_client(office, key) as client, _activated(client, office, key) as presence:
                 on_state("connected")
                 pause = _FIRST_PAUSE
-                _serve(app, client, presence, stop)
+                _serve(app, client, office, presence, stop)
         except (httpx.HTTPError, OSError, ValueError) as error:  # ValueError: a proxy's page
             _LOG.warning("the coordinator cannot be reached: %s", _reason(error))
         on_state("disconnected")
@@ -143,12 +141,44 @@ def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _open_client(office: Office, key: ec.EllipticCurvePrivateKey) -> FleetHttpClient:
-    return FleetHttpClient.from_server_address(
+    """Flower's client, which would follow any redirection and read any answer to its end."""
+    client = FleetHttpClient.from_server_address(
         office.address,
         insecure=False,
         root_certificates=office.ca.read_bytes(),
         interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
     )
+    http = client._client
+    http.follow_redirects = False
+    http.headers["accept-encoding"] = "identity"
+    http.event_hooks = {"response": [_limit]}
+    return client
+
+
+def _limit(response: httpx.Response) -> None:
+    """Read no more of an answer than one may have; a packed one could be of any size."""
+    if "content-encoding" in response.headers:
+        raise httpx.RemoteProtocolError("an answer that is packed", request=response.request)
+    if isinstance(response.stream, httpx.SyncByteStream):
+        response.stream = _Limited(response.stream)
+
+
+class _Limited(httpx.SyncByteStream):
+    """The first bytes of a stream; one that goes on after them is an error."""
+
+    def __init__(self, stream: httpx.SyncByteStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = _MOST_ANSWER
+        for piece in self._stream:
+            left -= len(piece)
+            if left < 0:
+                raise httpx.RemoteProtocolError(f"an answer of more than {_MOST_ANSWER} bytes")
+            yield piece
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 @contextlib.contextmanager
@@ -196,7 +226,11 @@ def _beat(client: FleetHttpClient, presence: _Presence) -> None:
 
 
 def _serve(
-    app: ClientApp, client: FleetHttpClient, presence: _Presence, stop: threading.Event
+    app: ClientApp,
+    client: FleetHttpClient,
+    office: Office,
+    presence: _Presence,
+    stop: threading.Event,
 ) -> None:
     """Answer messages one after the other."""
     node = presence.node
@@ -207,7 +241,7 @@ def _serve(
     while not (stop.is_set() or presence.over.is_set()):
         pulled = client.PullMessages(PullMessagesRequest(node=node))
         for header, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
-            _handle(app, client, node, message_from_proto(header), tree, context)
+            _handle(app, client, office, message_from_proto(header), tree, context)
             last = time.monotonic()
         if not pulled.messages_list:  # the longer nothing came, the less often it asks
             idle = time.monotonic() - last
@@ -217,17 +251,17 @@ def _serve(
 def _handle(
     app: ClientApp,
     client: FleetHttpClient,
-    node: Node,
+    office: Office,
     header: Message,
     tree: ObjectTree,
     context: Context,
 ) -> None:
     """Fetch a message's content, answer it, send the answer; a run that has ended is no matter."""
-    started, run = time.monotonic(), header.metadata.run_id
+    started, run, node = time.monotonic(), header.metadata.run_id, Node(node_id=context.node_id)
     try:
-        message = _fetch(client, node, header, tree)
+        message = _fetch(client, node, header, tree, office.most_bytes)
         if message is None:
-            _LOG.warning("a message without its content was dropped")
+            _LOG.warning("a message without its content, or with too much of it, was dropped")
             return
         reply = _answer(app, message, context)
         _send(client, node, run, reply, time.monotonic() - started)
@@ -241,7 +275,7 @@ def _answer(app: ClientApp, message: Message, context: Context) -> Message:
     """The app's reply; an error's text may quote a record, so a fixed code goes in its place."""
     try:
         return app(message=message, context=context)
-    except (FedwardError, OSError, *_LIBRARY_ERRORS) as error:
+    except (FedwardError, *_LIBRARY_ERRORS) as error:
         _LOG.error("a message of type %r: %s", message.metadata.message_type, type(error).__name__)
         code = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, SiteCode.INTERNAL.value)
         return Message(code, reply_to=message)
@@ -252,10 +286,10 @@ _GIVEN_UP = frozenset({400, 403, 404, 409, 412})
 
 
 def _fetch(
-    client: FleetHttpClient, node: Node, header: Message, tree: ObjectTree
+    client: FleetHttpClient, node: Node, header: Message, tree: ObjectTree, most: int
 ) -> Message | None:
-    """The message with its content; None if Flower has it no more or it is malformed."""
-    run, contents = header.metadata.run_id, dict[str, bytes]()
+    """The message with its content; None if Flower has it no more or it is malformed or too big."""
+    run, contents, size = header.metadata.run_id, dict[str, bytes](), 0
     end = time.monotonic() + _OBJECT_SECONDS
     for item in iterate_object_tree(tree):
         request = PullObjectRequest(node=node, run_id=run, object_id=item.object_id)
@@ -265,18 +299,34 @@ def _fetch(
             answer = client.PullObject(request)
         if not answer.object_available or get_object_id(answer.object_content) != item.object_id:
             return None
+        size += len(answer.object_content)  # also of one that comes twice
+        if size > most:
+            return None
         contents[item.object_id] = answer.object_content
     number = header.metadata.message_id
     client.ConfirmMessageReceived(
         ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=number)
     )
     try:
+        if _whole_size(contents) > most:
+            return None
         message = inflate_object_from_contents(number, contents)
     except _LIBRARY_ERRORS:
         return None
     if not isinstance(message, Message) or not message.has_content():
         return None
     return make_message(header.metadata, content=message.content)
+
+
+def _whole_size(contents: Mapping[str, bytes]) -> int:
+    """Bytes of all arrays once they are put together: one may name the same piece many times."""
+    size = 0
+    for content in contents.values():
+        kind, children, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__qualname__:
+            pieces = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            size += sum(len(contents[children[piece]]) for piece in pieces)
+    return size
 
 
 def _send(client: FleetHttpClient, node: Node, run: int, reply: Message, seconds: float) -> None:
