@@ -72,7 +72,7 @@ def enrol(
         str,
         typer.Argument(
             metavar="TOKEN",
-            help="The token; - asks for it, or reads it from a pipe or file (< FILE).",
+            help="The token; - asks for it, or reads standard input (< FILE).",
         ),
     ] = "-",
     site: SiteOption = DEFAULT_SITE,
@@ -80,8 +80,8 @@ def enrol(
 ) -> None:
     """Become a member with a token of the coordinator's, and pin its roster.
 
-    The token admits whoever has it first. As an argument, others on this machine can see it while
-    the command runs, and the shell remembers it: leave it out, and it is asked for.
+    The token admits whoever has it first. As an argument, others on this machine see
+    it while the command runs, and the shell remembers it: left out, it is asked for.
 
     Compare both fingerprints with the coordinator on the telephone before you go on.
     """
@@ -169,8 +169,8 @@ def add_data(
 ) -> None:
     """Name a set of records, after a look at its columns and a count.
 
-    Whom privacy protects has to be said: --unit, or else --unit-is-record. A plan reads no column
-    but those of --map.
+    Whom privacy protects has to be said: --unit, or else --unit-is-record. A plan
+    reads no column but those of --map.
     """
     from fedward.client.data_sources import Columns, DataSource
     from fedward.client.journal import journal_command
