@@ -50,19 +50,19 @@ def enrolment_app(
         handlers = {ENROL_PATH: _enrol, ROSTER_PATH: _roster, LEAVE_PATH: _leave}
         handler = handlers.get(scope["path"])
         if scope["type"] != "http" or scope["method"] != "POST" or handler is None:
-            await _respond(send, 404)
+            await respond(send, 404)
             return
-        body = await _read(receive)
+        body = await read_body(receive, _BODY_LIMIT)
         if body is None:
-            await _respond(send, 413)
+            await respond(send, 413)
             return
         try:
             sealed = await asyncio.to_thread(handler, folder, body, int(clock()), on_change)
         except IdentityError as error:
             _LOG.warning("%s refused: %s", scope["path"], error)
-            await _respond(send, 403)
+            await respond(send, 403)
             return
-        await _respond(send, 200, sealed)
+        await respond(send, 200, sealed)
 
     return app
 
@@ -110,19 +110,20 @@ def _asked_by(folder: CoordinatorFolder, body: bytes, now: int, path: str) -> by
     return MemberRequest.open(body, now, path=path, coordinator=coordinator)
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The whole body, or None where it is too large."""
+async def read_body(receive: Receive, most: int) -> bytes | None:
+    """The whole body, or None where it has more bytes."""
     body = b""
     while True:
         message = await receive()
         body += bytes(message.get("body", b""))
-        if len(body) > _BODY_LIMIT:
+        if len(body) > most:
             return None
         if not message.get("more_body", False):
             return body
 
 
-async def _respond(send: Send, status: int, body: bytes = b"") -> None:
+async def respond(send: Send, status: int, body: bytes = b"") -> None:
+    """Answer with a status and a body."""
     headers = [
         (b"content-type", b"application/octet-stream"),
         (b"content-length", str(len(body)).encode()),

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fedward.enrolment import ENROL_PATH, LEAVE_PATH, ROSTER_PATH
 from fedward.server.enrolment import AsgiApp, Receive, Scope, Send
+from fedward.server.pushes import only_own_replies
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class Front:
         clock: Seconds, for the rate limit.
 
     Guarantees: nothing but :data:`FLEET_PATHS` and enrolment reaches an application over HTTP, and
-    no body above :data:`MAX_BODY` or of unannounced length.
+    no body above :data:`MAX_BODY` or of unannounced length, and no message but a member's own reply
+    (:func:`~fedward.server.pushes.only_own_replies`).
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class Front:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._flower, self._enrolment, self._clock = flower, enrolment, clock
+        self._flower = only_own_replies(flower, MAX_BODY)
+        self._enrolment, self._clock = enrolment, clock
         self._tokens: dict[str, tuple[float, float]] = {}
         self._logged, self._unlogged = -math.inf, 0
 
