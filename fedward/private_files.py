@@ -24,21 +24,22 @@ def write_private(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-    _sync_folder(path)
+    sync_folder(path.parent)
 
 
 def remove_durably(path: Path) -> None:
     """Remove a file; no crash brings it back after the return."""
     path.unlink()
-    _sync_folder(path)
+    sync_folder(path.parent)
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path.parent, os.O_RDONLY)
+def sync_folder(folder: Path) -> None:
+    """Make durable which files a folder has."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def check_private(path: Path) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Self
 from fedward.canonical import Json, canonical_json
 from fedward.errors import IdentityError, LedgerError, LedgerRolledBack
 from fedward.identity import Identity, verify
+from fedward.private_files import sync_folder
 
 LEDGER = "fedward ledger"
 """Purpose of the lines of a ledger."""
@@ -156,9 +157,7 @@ class Chain:
             descriptor = os.open(self._path, flags)
         except FileNotFoundError:
             descriptor = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            os.fsync(folder)  # else a power loss may take the new file away
-            os.close(folder)
+            sync_folder(self._path.parent)  # else a power loss may take the new file away
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

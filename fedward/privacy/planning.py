@@ -331,9 +331,7 @@ def record_epsilon(costs: Sequence[SampledGaussian], records: int, delta: float)
     """What a patient pays whose records are drawn, clipped and counted one by one.
 
     How many of k records a step draws is binomial, and each moves the sum by up to one clip: a
-    mixture of Gaussians, whose privacy loss distribution is exact up to its grid. The grid only
-    ever rounds the loss up; it grows with k, as epsilon does, so that the answer keeps four digits
-    and comes in seconds.
+    mixture of Gaussians. Its loss distribution is rounded up to a grid that grows with k.
 
     Args:
         costs: What is released, each record taken as a unit.

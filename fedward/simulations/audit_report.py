@@ -15,9 +15,10 @@ from fedward.plan import Plan
 from fedward.privacy.audit_bound import ReleaseBound
 from fedward.privacy.audit_canaries import CHANCE_EXPOSURE, CanaryBound
 from fedward.privacy.audit_sensitivity import Sensitivity
+from fedward.private_files import write_private
 from fedward.simulations.attacks import Attacks
 from fedward.simulations.charts import line_chart
-from fedward.simulations.report import page, plain, replace_text, table
+from fedward.simulations.report import page, plain, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +190,8 @@ def write_audit(folder: Path, report: AuditReport) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     document = report.to_json()
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_text(folder / "audit.json", text)
-    replace_text(folder / "audit.html", render_page(report))
+    write_private(folder / "audit.json", text.encode())
+    write_private(folder / "audit.html", render_page(report).encode())
     return document
 
 

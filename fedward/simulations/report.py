@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from fedward import __version__
 from fedward.plan import Plan
+from fedward.private_files import write_private
 from fedward.simulations.charts import line_chart
 
 
@@ -136,8 +136,8 @@ def write_report(folder: Path, facts: Report) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     document = json.dumps(facts.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_text(folder / "report.json", document)
-    replace_text(folder / "report.html", render_page(facts))
+    write_private(folder / "report.json", document.encode())
+    write_private(folder / "report.html", render_page(facts).encode())
 
 
 def render_table(facts: Report) -> Table:
@@ -293,13 +293,3 @@ def plain(value: Any) -> Any:  # noqa: ANN401  # any JSON value
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedward.errors import ConfigurationError
 from fedward.plan import from_json
+from fedward.private_files import write_private
 from fedward.simulations.case import Case, Options
 
 
@@ -58,6 +59,4 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file, and its folder if need be: whole or not at all, whenever this is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_bytes(data)
-    scratch.replace(path)
+    write_private(path, data)
