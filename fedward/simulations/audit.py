@@ -175,7 +175,7 @@ def _attacks(plan: Plan, stream: SecureStream, show: Callable[[str], None]) -> A
     # What protects is the plan's. A long training on few patients, so that without protection there
     # is something to find; the noise grows with it, to the same epsilon.
     rounds = dataclasses.replace(
-        demo.rounds, count=16, spare=0, steps=10, sampling_rate=0.25, normaliser=15.0
+        demo.rounds, count=40, spare=0, steps=10, sampling_rate=0.25, normaliser=15.0
     )
     demo = dataclasses.replace(demo, privacy=plan.privacy, rounds=rounds)
     records = read_records(data / "train.jsonl", demo)
