@@ -42,14 +42,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedward.attempt import Attempt
 from fedward.canonical import Json
-from fedward.client.trainer import (
-    LocalTrainer,
-    Scores,
-    TrainRequest,
-    TrainResult,
-    mechanism,
-    train_model,
-)
+from fedward.client.trainer import LocalTrainer, mechanism, train_model
+from fedward.client.training import Scores, TrainRequest, TrainResult
 from fedward.plan import Aggregation, Cohort, Data, Model, Plan, Privacy, Rounds, Task, Tuner
 from fedward.privacy.noise import SecureStream
 from fedward.server.store import Phase
