@@ -117,9 +117,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
 
     def _shown(self, run: Run) -> wire.Run:
         """A run as people see it: running only with a fresh sign of life."""
-        events, sign = self._events(run.name), self._engine.sign
-        alive = self._engine.is_fresh() and sign.run == run.name
-        stalled = run.state is RunState.RUNNING and not alive
+        events, activity = self._events(run.name), self._engine.activity(run.name)
+        stalled = run.state is RunState.RUNNING and activity is None
         committed = [event for event in events if event.phase is Phase.COMMITTED]
         newest = json.loads(committed[-1].payload)["adapter"] if committed else ""
         roster = self._roster()
@@ -134,7 +133,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             plan=run.plan.name,
             plan_hash=run.plan.hash().hex(),
             state="stalled" if stalled else run.state.value,
-            activity=sign.activity if alive else "",
+            activity=activity or "",
             reason="no sign of life from the round engine" if stalled else run.reason,
             committed=len(committed),
             rounds=run.plan.rounds.count,
@@ -195,7 +194,7 @@ class Health:
 
     def look(self) -> None:
         """Find out how things are and remember it for those who ask."""
-        self._set("", self._engine.is_fresh())
+        self._set("", self._engine.activity() is not None)
         self._set("link", self._link_answers())
 
     def _link_answers(self) -> bool:

@@ -23,12 +23,15 @@ class CoordinatorConfig:
         listen: Address that the public port is bound to.
         away: Seconds that a round waits for sites which are away, once all others have answered;
             0 to 3600.
+        runs_at_once: Runs that are open side by side, 1 to 16; their rounds take turns. With 1, one
+            run follows the other. A site's trainer keeps the models of two runs loaded.
     """
 
     host: str
     port: int = 9443
     listen: str = "0.0.0.0"  # noqa: S104  # sites come from outside
     away: int = 30
+    runs_at_once: int = 2
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -40,6 +43,8 @@ class CoordinatorConfig:
             raise InvalidValue("port", self.port, "1 to 65535")
         if not 0 <= self.away <= 3600:
             raise InvalidValue("away", self.away, "0 to 3600")
+        if not 1 <= self.runs_at_once <= 16:
+            raise InvalidValue("runs_at_once", self.runs_at_once, "1 to 16")
 
     @property
     def address(self) -> str:

@@ -1,14 +1,16 @@
-"""Works through the book of runs, one run after the other, over Flower's grid.
+"""Works through the book of runs over Flower's grid, some of them side by side.
 
-Runs do not overlap: a site has one session at a time. Before each attempt the engine waits until
-the sites are there, so that an outage costs no attempt. A run that fails is paused with the reason,
-never lost; one that a kill interrupted goes on where its events end.
+Each run has a thread, and their attempts take turns at the sites (:mod:`fedward.server.turns`). So
+a run that is paused, or waits for its sites, holds up no other. Before each attempt the engine
+waits until the sites are there, so that an outage costs no attempt. A run that fails is paused with
+the reason, never lost; one that a kill interrupted goes on where its events end.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fedward.attempt import Attempt
@@ -20,7 +22,8 @@ from fedward.server.members import open_members
 from fedward.server.rounds import RoundEngine
 from fedward.server.runs import Run, RunBook, RunState
 from fedward.server.store import Phase, RunStore
-from fedward.server.superlink import LinkGrid, admit_nodes, open_state
+from fedward.server.superlink import LinkGrid, admit_nodes, end_left_runs, open_state
+from fedward.server.turns import Turns
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,16 +38,9 @@ class _Stopped(Exception):  # no error: somebody asked for it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sign:
-    """A sign of life.
+class _Sign:
+    """A sign of life: what the engine does, in words, at ``time.monotonic()``."""
 
-    Args:
-        run: The run that the engine works on; None while it has nothing to do.
-        activity: What it does, in words.
-        at: ``time.monotonic()``.
-    """
-
-    run: str | None
     activity: str
     at: float
 
@@ -54,33 +50,48 @@ class Engine:
 
     Args:
         folder: The coordinator's.
-        stop: Ends the work at the next look; the open run goes on at the next start.
+        stop: Ends the work at the next look; open runs go on at the next start.
     """
 
     def __init__(self, folder: CoordinatorFolder, stop: threading.Event) -> None:
-        self._folder, self._stop, self._away = folder, stop, folder.config().away
-        self._book = RunBook(folder.runs)
+        config = folder.config()
+        self._folder, self._stop, self._away = folder, stop, config.away
+        self._at_once = config.runs_at_once
+        self._book, self._turns = RunBook(folder.runs), Turns()
         self._state = open_state(folder.fleet_database)
-        self._sign = Sign(run=None, activity="starting", at=time.monotonic())
+        self._signs = dict[str | None, _Sign]()
+        self._beat(None, "starting")
 
-    @property
-    def sign(self) -> Sign:
-        """The last sign of life."""
-        return self._sign
+    def activity(self, run: str | None = None) -> str | None:
+        """What the engine does for a run (or, without one, at all), in words.
 
-    def is_fresh(self) -> bool:
-        """Whether the engine was alive a moment ago."""
-        return time.monotonic() - self._sign.at < FRESH_SECONDS
+        None if there was no sign of life for :data:`FRESH_SECONDS`: it is then not running.
+        """
+        sign = self._signs.get(run)
+        fresh = sign is not None and time.monotonic() - sign.at < FRESH_SECONDS
+        return sign.activity if sign is not None and fresh else None
 
     def work(self) -> None:
-        """Work through the book until told to stop."""
-        while not self._stop.is_set():
-            name = self._book.next()
-            if name is None:
-                self._beat(None, "waiting for a run")
-                self._stop.wait(_LOOK_SECONDS)
-            else:
-                self._one(name)
+        """Work through the book until told to stop.
+
+        What a run's thread did not expect is raised here, after all others have stopped.
+        """
+        end_left_runs(self._state)
+        running = dict[str, Future[None]]()
+        with ThreadPoolExecutor(self._at_once, thread_name_prefix="run") as threads:
+            try:
+                while not self._stop.is_set():
+                    for name in [name for name, work in running.items() if work.done()]:
+                        running.pop(name).result()
+                    self._beat(None, f"{len(running)} runs are open")
+                    free = len(running) < self._at_once
+                    name = self._book.next(besides=running) if free else None
+                    if name is None:
+                        self._stop.wait(_LOOK_SECONDS)
+                    else:
+                        running[name] = threads.submit(self._one, name)
+            finally:
+                self._stop.set()
 
     def _one(self, name: str) -> None:
         """Work on a run until it ends, somebody stops it, or it cannot go on."""
@@ -95,6 +106,9 @@ class Engine:
             _LOG.warning("run %r: %s", name, error)
             if self._book.state(name) is RunState.RUNNING:
                 self._book.change(name, RunState.PAUSED, str(error))
+        finally:
+            self._turns.leave(name)
+            self._signs.pop(name, None)
 
     def _execute(self, run: Run) -> None:
         with open_members(self._folder) as members:
@@ -107,10 +121,12 @@ class Engine:
         def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
             self._beat(run.name, f"round {attempt.round}: {_WORDS[phase]}")
             if phase is Phase.STARTED:
+                self._wait_for_turn(run, grid, nodes, attempt.round)
                 if self._roster().epoch != roster.epoch:
                     raise _Stopped  # and go on at once, with the sites of the new roster
                 self._stop_unless(run.name, RunState.RUNNING)
-                self._wait_for_sites(run, grid, nodes, attempt.round)
+            elif phase in {Phase.COMMITTED, Phase.ABORTED}:
+                self._turns.leave(run.name)
 
         try:
             RoundEngine(
@@ -132,32 +148,41 @@ class Engine:
         with open_members(self._folder) as members:
             return members.roster()
 
-    def _wait_for_sites(
+    def _wait_for_turn(
         self, run: Run, grid: LinkGrid, nodes: Mapping[int, int], number: int
     ) -> None:
-        """Wait for the minimum of sites for as long as it takes, and for the others a while."""
+        """Wait for the minimum of sites as long as it takes, for the others a while; then in line.
+
+        A run whose sites leave while it stands there lets the others go first.
+        """
         minimum, last = run.plan.cohort.minimum, time.monotonic() + self._away
         while True:
+            self._stop_unless(run.name, RunState.RUNNING)
             there = len(set(grid.get_node_ids()).intersection(nodes.values()))
             if there == len(nodes) or (there >= minimum and time.monotonic() > last):
-                return
+                self._beat(run.name, f"round {number}: waiting for its turn")
+                if self._turns.wait(run.name, _LOOK_SECONDS):
+                    return
+                continue
+            self._turns.leave(run.name)
             needed = f"{there} of {len(nodes)} sites are there, {minimum} are needed"
             self._beat(run.name, f"round {number}: waiting for sites ({needed})")
-            self._stop_unless(run.name, RunState.RUNNING)
             self._stop.wait(_LOOK_SECONDS)
 
     def _look(self, name: str) -> None:
         """In the middle of an exchange: show life, and stop if the run is aborted."""
-        if time.monotonic() - self._sign.at > _LOOK_SECONDS:
-            self._beat(name, self._sign.activity)
-            self._stop_unless(name, RunState.RUNNING, RunState.PAUSED)
+        sign = self._signs[name]
+        if time.monotonic() - sign.at > _LOOK_SECONDS:
+            self._beat(name, sign.activity)
+            # Paused, and perhaps queued again: the round in hand is finished all the same.
+            self._stop_unless(name, RunState.RUNNING, RunState.PAUSED, RunState.QUEUED)
 
     def _stop_unless(self, name: str, *states: RunState) -> None:
         if self._stop.is_set() or self._book.state(name) not in states:
             raise _Stopped
 
     def _beat(self, name: str | None, activity: str) -> None:
-        self._sign = Sign(run=name, activity=activity, at=time.monotonic())
+        self._signs[name] = _Sign(activity=activity, at=time.monotonic())
 
 
 _WORDS = {

@@ -14,7 +14,7 @@ now is no event; who shows it asks for a sign of life (:class:`fedward.server.en
 import contextlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -152,17 +152,22 @@ class RunBook:
             names = db.execute("SELECT name FROM run ORDER BY rowid").fetchall()
             return [self._read(db, name) for (name,) in names]
 
-    def next(self) -> str | None:
-        """The run to work on: one that runs already, else the one that waits longest."""
+    def next(self, besides: Container[str] = ()) -> str | None:
+        """The run to work on: one that runs already, else the one that waits longest.
+
+        Args:
+            besides: Runs that somebody works on.
+        """
         with self._transaction() as db:
             for state in (RunState.RUNNING, RunState.QUEUED):
-                row = db.execute(
+                rows = db.execute(
                     "SELECT run FROM change WHERE state=? AND seq IN "
-                    "(SELECT max(seq) FROM change GROUP BY run) ORDER BY seq LIMIT 1",
+                    "(SELECT max(seq) FROM change GROUP BY run) ORDER BY seq",
                     (state.value,),
-                ).fetchone()
-                if row is not None:
-                    return str(row[0])
+                )
+                for (name,) in rows:
+                    if name not in besides:
+                        return str(name)
         return None
 
     def _read(self, db: sqlite3.Connection, name: str) -> Run:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Error, Message, RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode
-from flwr.server.superlink.linkstate import LinkState
+from flwr.server.superlink.linkstate import LinkState as LinkState  # for who imports it here
 from flwr.serverapp import Grid
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
@@ -54,16 +54,12 @@ from fedward.server.enrolment import AsgiApp
 
 _LOG = logging.getLogger(__name__)
 
-_DELIVERIES = 3
-_BEAT_SECONDS = 10.0
-_LONGEST_POLL = 0.5
-_BUSY_WAITS = (0.2, 0.5, 1.0, 2.0)
+_BEAT_SECONDS, _LONGEST_POLL = 10.0, 0.5
+_DELIVERIES, _BUSY_WAITS = 3, (0.2, 0.5, 1.0, 2.0)
 
 _MALFORMED = (ArithmeticError, AssertionError, AttributeError, DecodeError, LookupError,
               RuntimeError, TypeError, ValueError)  # fmt: skip
 """What Flower raises when it reads bytes that a site made up."""
-
-__all__ = ["LinkGrid", "LinkState", "admit_nodes", "flower_app", "open_state"]
 
 T = TypeVar("T")
 
@@ -139,6 +135,12 @@ def admit_nodes(state: LinkState, keys: Mapping[int, str]) -> dict[int, int]:
     return {site: node for site, node in nodes.items() if node is not None}
 
 
+def end_left_runs(state: LinkState) -> None:
+    """End the Flower runs that a killed process left open, with all that belongs to them."""
+    for old in state.get_run_info(statuses=["pending", "starting", "running"]):
+        state.stop_run(old.run_id)
+
+
 def _flower_key(text: str) -> bytes:
     """A node key as Flower keeps it."""
     key = load_ssh_public_key(text.encode())
@@ -160,9 +162,9 @@ class _Pending:
 class LinkGrid(Grid):
     """A Flower ``Grid`` over the SuperLink's database, for the process of the round engine.
 
-    A site that went away and came back in the middle of an exchange gets its message again (Flower
-    delivers once). Sites that are away count as unavailable when all others have answered and
-    ``grace`` is over.
+    It is a Flower run of its own. A site that went away and came back in the middle of an exchange
+    gets its message again (Flower delivers once). Sites that are away count as unavailable when all
+    others have answered and ``grace`` is over.
 
     Args:
         state: Flower's database.
@@ -218,8 +220,10 @@ class LinkGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Make a message to a node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+        """Make a message to a node, of this grid's run whatever other grids there are."""
+        message = Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+        message.metadata.__dict__.update(_run_id=self._run.run_id, _src_task_id=self._task)
+        return message
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes that are online."""
@@ -365,9 +369,7 @@ class LinkGrid(Grid):
 
 
 def _open_run(state: LinkState) -> tuple[Run, int]:
-    """Open a Flower run of this process alone, and end those that a killed one left open."""
-    for old in state.get_run_info(statuses=["pending", "starting", "running"]):
-        state.stop_run(old.run_id)
+    """Open a Flower run for one grid."""
     number = state.create_run(
         None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
     )

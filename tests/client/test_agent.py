@@ -1,6 +1,7 @@
 """A coordinator that is not honest gets a code and nothing else, and no patient pays for it."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -23,7 +24,7 @@ from fedward.errors import (
 from fedward.identity import Identity
 from fedward.messages import Letter, open_letter, seal_letter
 from fedward.tuning.vector import replace_vector, vector_of
-from tests.client.desk import LAYOUT, PLAN, RUN, SITES, START, Desk, other_plan, replaced
+from tests.client.desk import LAYOUT, PLAN, POLICY, RUN, SITES, START, Desk, other_plan, replaced
 
 FIRST = Attempt(run=RUN, round=1)
 SECOND = Attempt(run=RUN, round=2)
@@ -129,6 +130,16 @@ def test_another_adapter_than_the_sum_gives_is_refused(desk):
     assert len(desk.trainers[0].requests) == 1, "nothing was trained"
     assert desk.ledger(0).remaining(RUN) == 3, "and nothing reserved"
     assert desk.task(SECOND, 0) is SiteCode.READY, "control: the honest one"
+
+
+def test_a_run_beside_it_does_not_end_the_recomputing(tmp_path):
+    desk = Desk(tmp_path, policy=dataclasses.replace(POLICY, max_epsilon=80.0))
+    desk.round(1)
+    assert desk.task(Attempt(run="beside", round=1), 0, adapter=START) is SiteCode.READY
+    bent = replace_vector(desk.adapter, LAYOUT, vector_of(desk.adapter, LAYOUT) + np.float32(1))
+    assert desk.task(SECOND, 0, adapter=bent) is SiteCode.PROTOCOL_ABORTED
+    assert desk.task(SECOND, 0) is SiteCode.READY, "control: the honest one"
+    desk.close()
 
 
 @pytest.mark.parametrize(

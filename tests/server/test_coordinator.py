@@ -4,9 +4,10 @@ All in threads of one process, to be fast; tests/field runs the same parts as pr
 """
 
 import contextlib
+import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fedward import typed_toml
 from fedward.client.daemon import run_site
+from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError, RoundError, Unreachable
 from fedward.plan import Plan
+from fedward.privacy.chain import LEDGER, read_lines
 from fedward.private_files import write_private
 from fedward.server import engine as engine_module
 from fedward.server.control_client import Control, open_control
@@ -49,11 +53,11 @@ class Slow(desk.Scripted):
 
 
 class House:
-    """A coordinator and three sites, each of which can be stopped and started."""
+    """A coordinator and its sites, which can be stopped and started."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, names: Sequence[str] = ("x", "y", "z")) -> None:
         self.folder = office.make_coordinator(root / "c")
-        self.sites = office.enrol_sites(self.folder, root, ["x", "y", "z"])
+        self.sites = office.enrol_sites(self.folder, root, list(names))
         for site in self.sites:
             write_private(site.policy, POLICY.encode())
             declare(site)
@@ -80,8 +84,8 @@ class House:
             assert not thread.is_alive()
 
     @contextlib.contextmanager
-    def online(self) -> Iterator[None]:
-        """All three sites."""
+    def online(self, sites: Sequence[SiteFolder]) -> Iterator[None]:
+        """These sites, until the block ends."""
         stop = threading.Event()
         threads = [
             threading.Thread(
@@ -89,7 +93,7 @@ class House:
                 args=(site, Slow(number), stop),
                 kwargs={"key": bytes([number]) * 32},
             )
-            for number, site in enumerate(self.sites)
+            for number, site in enumerate(sites)
         ]
         for thread in threads:
             thread.start()
@@ -105,7 +109,7 @@ class House:
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     house = House(tmp_path_factory.mktemp("h"))
-    with office.serving(house.folder), house.online():
+    with office.serving(house.folder), house.online(house.sites):
         yield house
 
 
@@ -119,7 +123,7 @@ def start(control: Control, name: str, plan: Plan = desk.PLAN) -> dict[str, Any]
     return control.start(name, plan, desk.START, desk.LAYOUT)
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
@@ -128,6 +132,52 @@ def wait_for(holds: Callable[[], bool], seconds: float = 120.0) -> None:
 
 def state(control: Control, name: str) -> str:
     return str(control.call("Show", name)["state"])
+
+
+def test_two_runs_side_by_side_take_turns_at_the_same_sites(control, house):
+    names = ("left", "right")
+    for name in names:
+        start(control, name)
+    shown = dict.fromkeys(names, False)
+
+    def both_ran() -> bool:
+        runs = {name: control.call("Show", name) for name in names}
+        for name, run in runs.items():
+            shown[name] |= run["state"] == "running" and run["activity"] != ""
+        return all(run["state"] == "finished" for run in runs.values())
+
+    wait_for(both_ran)
+    assert all(shown.values())
+    for site in house.sites:
+        lines = read_lines(
+            site.ledger.read_bytes(), site.identity().public_key, purpose=LEDGER, path=site.ledger
+        )
+        mine = [entry for entry, _ in lines if entry["run"] in names]
+        told = [(e["kind"], e["run"], e["round"]) for e in mine if e["kind"] != "run"]
+        # A site has one session at a time, reserves once for it, and neither run waits for the
+        # end of the other.
+        asked = [tuple(at) for _, *at in told[::2]]
+        assert told == [(kind, *at) for at in asked for kind in ("reserve", "sent")]
+        assert sorted(asked) == [(name, number) for name in names for number in (1, 2, 3)]
+        assert {run for run, _ in asked[:2]} == {run for run, _ in asked[-2:]} == set(names)
+
+
+def test_a_run_without_its_sites_holds_up_no_other(tmp_path):
+    house = House(tmp_path, ["w", "x", "y", "z"])
+    config = dataclasses.replace(house.folder.config(), away=0)
+    write_private(house.folder.config_file, typed_toml.dump(config).encode())
+    all_four = dataclasses.replace(desk.PLAN.cohort, minimum=4)
+    with (
+        office.serving(house.folder),
+        house.online(house.sites[:3]),
+        house.engine(),
+        open_control(house.folder) as control,
+    ):
+        start(control, "lonely", dataclasses.replace(desk.PLAN, cohort=all_four))
+        wait_for(lambda: "3 of 4 sites" in control.call("Show", "lonely")["activity"])
+        start(control, "social")
+        wait_for(lambda: state(control, "social") == "finished")
+        assert state(control, "lonely") == "running"
 
 
 def test_runs_are_worked_through_one_after_the_other(control):
@@ -190,15 +240,13 @@ def test_a_restarted_engine_goes_on_and_shows_nothing_as_running_meanwhile(house
 
 def test_an_old_sign_of_life_is_none(house, monkeypatch):
     engine = Engine(house.folder, threading.Event())
-    assert engine.is_fresh()
+    assert engine.activity() is not None
     later = time.monotonic() + engine_module.FRESH_SECONDS + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert not engine.is_fresh()
+    assert engine.activity() is None
 
 
 def test_a_run_that_cannot_go_on_is_paused_with_the_reason(control):
-    import dataclasses
-
     greedy = dataclasses.replace(
         desk.PLAN, privacy=dataclasses.replace(desk.PLAN.privacy, epsilon=500.0)
     )

@@ -68,6 +68,8 @@ def test_the_address_is_the_one_that_sites_use(host, address):
         {"port": 70000},
         {"away": -1},
         {"away": 4000},
+        {"runs_at_once": 0},
+        {"runs_at_once": 17},
     ],
 )
 def test_a_senseless_configuration_is_refused(change):

@@ -94,6 +94,9 @@ def test_the_next_is_what_runs_and_then_what_waits_longest(book):
     assert book.next() == "a"
     book.change("b", RunState.RUNNING)
     assert book.next() == "b"  # after a restart it goes on
+    assert book.next(besides={"b"}) == "a"
+    assert book.next(besides={"a", "b"}) == "c"
+    assert book.next(besides={"a", "b", "c"}) is None
     book.change("b", RunState.PAUSED)
     book.change("a", RunState.PAUSED)
     book.change("a", RunState.QUEUED)

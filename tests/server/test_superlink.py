@@ -33,7 +33,7 @@ from fedward.client import fleet
 from fedward.client.fleet import Office, stay_connected
 from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.errors import IdentityError
-from fedward.server.superlink import LinkGrid, admit_nodes, open_state
+from fedward.server.superlink import LinkGrid, admit_nodes, end_left_runs, open_state
 from tests.server import office
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Flower's own deprecations
@@ -163,6 +163,19 @@ def test_rounds_go_through_one_process_and_leave_nothing_behind(house):
     assert (house.state.num_message_ins(), house.state.num_message_res()) == (0, 0)
 
 
+def test_grids_side_by_side_each_get_their_own_replies(house):
+    with house.grid() as one, house.grid() as two, house.online(echo(), house.sites[0]):
+        house.wait_online(two, 1)
+        asked = [(grid, letter(grid, house.nodes[0], data)) for grid, data in
+                 ((one, b"ab"), (two, b"cd"), (one, b"ef"))]  # fmt: skip
+        numbers = [(grid, *grid.push_messages([message])) for grid, message in asked]
+        found = [data_of(until_pulled(grid, number)[0]) for grid, number in numbers]
+        assert found == [b"ba", b"dc", b"fe"]
+        one.close()  # ends its own run alone
+        (reply,) = two.send_and_receive([letter(two, house.nodes[0], b"gh")], timeout=30)
+        assert data_of(reply) == b"hg"
+
+
 def test_an_error_of_a_site_is_a_fixed_code(house, caplog):
     caplog.set_level(logging.DEBUG)
     with house.online(echo(), house.sites[0]), house.grid() as grid:
@@ -215,6 +228,7 @@ def test_a_client_reconnects_when_the_link_comes_back(tmp_path):
 def test_the_database_outlives_a_killed_engine_and_its_run_does_not(house):
     left = LinkGrid(house.state)  # killed: never closed
     left.push_messages([letter(left, house.nodes[0], b"old")])
+    end_left_runs(house.state)
     with house.online(echo(), house.sites[0]), house.grid() as grid:
         house.wait_online(grid, 1)
         assert house.state.num_message_ins() == 0
