@@ -17,6 +17,7 @@ from fedward.client.cli import site_app
 from fedward.client.safe_logs import keep_records_out_of_logs
 from fedward.errors import ConfigurationError, FedwardError
 from fedward.privacy.cli import privacy_app
+from fedward.server.central.cli import predict, train
 from fedward.server.cli import coordinator_app, run_app
 from fedward.server.members_cli import members_app
 from fedward.simulations.audit_cli import audit
@@ -36,6 +37,8 @@ app.add_typer(run_app, name="run")
 app.add_typer(site_app, name="site")
 app.add_typer(privacy_app, name="privacy")
 privacy_app.command()(audit)
+app.command()(train)
+app.command()(predict)
 
 
 class Engine(StrEnum):

@@ -6,7 +6,8 @@ One table for the sites and for central training. A key of PEFT keeps PEFT's nam
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,6 +218,22 @@ BOTTLENECKS = ("houlsby", "pfeiffer")
 """Methods that are not PEFT's own; see :mod:`fedward.tuning.bottleneck`."""
 
 
+@contextmanager
+def without_peft_noise() -> Iterator[None]:
+    """Keep PEFT from warning of what is as it should be."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by the old name.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        # A bias is what BitFit adds; that it cannot be merged stands in the table.
+        warnings.filterwarnings("ignore", "Detected that the base layer has no bias", UserWarning)
+        # AdaLoRA's ranks are by parameter; PEFT looks for modules first, and then takes them.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", "Note that `r` is not used in AdaLora", UserWarning)
+        # A layer that AdaLoRA left no rank is taken for one that was not gathered.
+        warnings.filterwarnings("ignore", ".* LoRA tensor.* have invalid shape", UserWarning)
+        yield
+
+
 def check_method(method: str, arguments: Mapping[str, Any]) -> None:
     """Refuse a tuner that there is not, or a key that it does not have.
 
@@ -272,8 +289,7 @@ def peft_config(
     if method in BOTTLENECKS and "r" in given:
         given.setdefault("lora_alpha", given["r"])  # PEFT divides by r; an adapter is not scaled
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Note that `r` is not used in AdaLora")
+        with without_peft_noise():
             config = found.config(task_type=task, **given)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"[tuner] PEFT refuses it: {error}") from error

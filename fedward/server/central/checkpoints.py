@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedward.errors import ConfigurationError
+from fedward.tuning.methods import without_peft_noise
 from fedward.tuning.tuners import trainable
 
 _FILE = "training.safetensors"
@@ -45,6 +46,10 @@ def exact(cls: Any) -> Any:  # noqa: ANN401  # a trainer class of TRL, which is 
 
     class Exact(cls):  # type: ignore[misc]
         """The class with checkpoints of its own."""
+
+        def save_model(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            with without_peft_noise():
+                super().save_model(*args, **kwargs)
 
         def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
             if self.args.should_save and not _sharded(self):

@@ -8,16 +8,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedward.errors import ConfigurationError
+
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 def train(
-    job: Annotated[Path, typer.Argument(help="The job (TOML).")],
+    job: Annotated[Path | None, typer.Argument(help="The job (TOML).")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where models go; left out: out/NAME of the job.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the job in --out where it stopped.")
+    ] = False,
+    tuners: Annotated[
+        bool, typer.Option("--tuners", help="Show stages, tuners and what goes together.")
     ] = False,
     json_output: _Json = False,
 ) -> None:
@@ -28,12 +33,21 @@ def train(
     at any time and go on with --resume, to the same weights. Start it by torchrun to use several
     GPUs.
     """
+    from datasets.utils.logging import disable_progress_bar as no_bars_of_datasets
     from transformers.utils.logging import disable_progress_bar  # heavy, like torch and TRL
 
+    from fedward.server.central.data import columns_table
     from fedward.server.central.job import load_job
     from fedward.server.central.running import run_job
+    from fedward.server.central.validity import tuners_table
 
+    if tuners:
+        typer.echo(f"{columns_table()}\n{tuners_table()}", nl=False)
+        return
+    if job is None:
+        raise ConfigurationError("name a JOB, a TOML file; --tuners shows what it may say")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs; ours shows the whole job
+    no_bars_of_datasets()
     read = load_job(job)
     console = Console(stderr=json_output, quiet=json_output)
     reports = run_job(read, out or Path("out") / read.name, console, resume=resume)

@@ -49,6 +49,8 @@ def read_dataset(path: Path, step: Step) -> Dataset:
                 f"not {name!r}"
             )
     table = read_table(path)
+    if not table.rows:
+        raise DataError(f"{path}: no records; expected at least one")
     own = {name: names.get(name, name) for name in known}
     way = next((way for way in ways if all(own[n] in table.columns for n in way)), ways[-1])
     wanted = {name: own[name] for name in way}
@@ -68,10 +70,8 @@ def whole_rows(rows: Sequence[Row | None], path: Path) -> Iterator[tuple[Row, st
     """Every row with the words for where it stands.
 
     Raises:
-        DataError: There is no row, or one cannot be read.
+        DataError: One cannot be read.
     """
-    if not rows:
-        raise DataError(f"{path}: no records; expected at least one")
     for number, row in enumerate(rows, start=1):
         if row is None:
             raise DataError(f"{path}: row {number} cannot be read")

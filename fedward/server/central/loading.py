@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,7 +28,7 @@ from fedward.canonical import digest
 from fedward.errors import ConfigurationError, ModelError
 from fedward.plan import Model
 from fedward.tuning.bottleneck import put_behind
-from fedward.tuning.methods import BOTTLENECKS, METHODS
+from fedward.tuning.methods import BOTTLENECKS, METHODS, without_peft_noise
 from fedward.tuning.models import (
     HEADS,
     fingerprint,
@@ -177,9 +176,7 @@ def _open_adapter(
         config = PeftConfig.from_pretrained(str(folder))
         if manifest.method in BOTTLENECKS:
             put_behind(config)
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers 5.23 by the old name.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        with without_peft_noise():
             return PeftModel.from_pretrained(base, str(folder), config=config), tokenizer
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be loaded: {error}") from error

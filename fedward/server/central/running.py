@@ -103,7 +103,7 @@ def _run(step: Step, out: Path, console: Console, *, resume: bool) -> Report:
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "model": str(folder / "model"),
     }
-    _save(trainer, step, base, folder / "model", made_from)
+    save_trained(trainer, step, base, folder / "model", made_from)
     if trainer.is_world_process_zero():
         report.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return written
@@ -154,14 +154,22 @@ def _claim(folder: Path, made_from: Mapping[str, str], *, resume: bool) -> None:
         )
 
 
-def _save(
+def save_trained(
     trainer: Any,  # noqa: ANN401  # TRL's
     step: Step,
     base: Path,
     folder: Path,
     made_from: Mapping[str, str],
 ) -> None:
-    """Write the trained model with its manifest, whole or not at all."""
+    """Write a trained model with its manifest, whole or not at all.
+
+    Args:
+        trainer: TRL's, after training.
+        step: What it trained.
+        base: The whole model that it started from.
+        folder: Replaced.
+        made_from: Digests of all that decides the model.
+    """
     partial = folder.with_name("model.partial")
     shutil.rmtree(partial, ignore_errors=True)
     trainer.save_model(str(partial))

@@ -87,6 +87,7 @@ def settings(step: Step, folder: Path) -> Any:  # noqa: ANN401  # TRL's class of
         "bf16": quantised or (cuda and torch.cuda.is_bf16_supported()),
         "dataloader_pin_memory": cuda,
         "report_to": "none",
+        "use_cpu": not cuda,  # or bfloat16 is refused there
         "save_total_limit": 2,
     }
     if step.stop is not None:
@@ -95,7 +96,8 @@ def settings(step: Step, folder: Path) -> Any:  # noqa: ANN401  # TRL's class of
         "output_dir": str(folder),
         "seed": step.seed,
         "disable_tqdm": True,
-        "gradient_checkpointing": step.model.gradient_checkpointing,
+        "activation_checkpointing": step.model.gradient_checkpointing,
+        "gradient_checkpointing": None,  # the old name, which TRL still sets
         "load_best_model_at_end": step.stop is not None,
     }
     if given.get("fp16"):

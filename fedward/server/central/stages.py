@@ -17,7 +17,7 @@ from fedward.server.central.job import REWARDED, Step
 from fedward.server.central.loading import Kind, device, open_base, open_trained
 from fedward.server.central.rewards import rule
 from fedward.server.central.settings import load_class, settings
-from fedward.tuning.methods import LORAPLUS, METHODS, peft_config
+from fedward.tuning.methods import LORAPLUS, METHODS, peft_config, without_peft_noise
 from fedward.tuning.models import HEADS, open_config, open_weights, quiet
 from fedward.tuning.tuners import trainable
 
@@ -62,23 +62,27 @@ def build(
     config = peft_config(step.tuner.method, step.tuner.arguments, task, steps=steps)
     transformers.set_seed(step.seed)
     model, tokenizer = open_base(start, step.model, kind_of(step))
-    given: dict[str, Any] = _extra(step, start, judge, teacher)
+    given = _extra(step, start, judge, teacher)
     watching = [*callbacks]
     if step.stop is not None:
         watching.append(EarlyStoppingCallback(step.stop.patience, step.stop.threshold))
     if step.tuner.method == "adalora":
         watching.append(_Allocate())
     try:
-        trainer = exact(load_class(step.stage, "trainer"))(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out[0] if held_out else None,
-            processing_class=tokenizer,
-            peft_config=config,
-            callbacks=watching,
-            **given,
-        )
+        with without_peft_noise():
+            if step.stage == "orpo" and config is not None:
+                # TRL's would round embeddings and output layer of a quantised base to bfloat16.
+                model, config = get_peft_model(model, config), None
+            trainer = exact(load_class(step.stage, "trainer"))(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=held_out[0] if held_out else None,
+                processing_class=tokenizer,
+                peft_config=config,
+                callbacks=watching,
+                **given,
+            )
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigurationError(f"TRL or PEFT refuses the job: {error}") from error
     trainer.remove_callback(transformers.PrinterCallback)
@@ -126,7 +130,9 @@ def _critic(step: Step, start: Path) -> Any:  # noqa: ANN401  # transformers' or
         critic = open_weights(kind, start, config, step.model, HEADS, device=device())
     if step.tuner.method == "full":
         return critic
-    lora = LoraConfig(task_type=TaskType.TOKEN_CLS, target_modules="all-linear")
+    lora = LoraConfig(
+        task_type=TaskType.TOKEN_CLS, target_modules="all-linear", exclude_modules=[*HEADS]
+    )
     model = get_peft_model(critic, lora)
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()

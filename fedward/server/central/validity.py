@@ -22,6 +22,8 @@ def refusal(stage: Stage, method: str, base: Base) -> str | None:
         return "qlora is LoRA over an NF4 base: set quantize = 'nf4', or use lora"
     if METHODS[method].prompts and stage == "distill":
         return "the distillation loss calls the model below the trained vectors"
+    if stage == "orpo" and method in ("prompt", "p-tuning"):
+        return "TRL's loss does not know of the positions that are put before the input"
     return None
 
 
@@ -39,10 +41,9 @@ def check_step(step: Step) -> None:
         raise ConfigurationError(f"{where}: {reason}")
 
 
-def table() -> str:
-    """The tuners and where each is valid, as Markdown: what docs/central-training.md shows."""
-    head = ["tuner", "what it trains", *STAGES]
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+def tuners_table() -> str:
+    """The tuners and over which bases each is valid, as Markdown, as `fedward train --tuners`."""
+    lines = ["tuner | what it trains | " + " | ".join(STAGES), " | ".join(["---"] * 11)]
     for name, method in METHODS.items():
         cells = [_cell(stage, name) for stage in STAGES]
         source = f" ({method.source})" if method.source else ""
