@@ -22,7 +22,8 @@ _ENDED = {"paused", "finished"}
 
 
 def provoke(field: Field, base: Path) -> int:
-    """Let the hospitals read every damaged file; returns how many made a trainer complain."""
+    """Let the hospitals read every damaged file; returns how often a site complained meanwhile."""
+    before = complaints(field)
     names, at_once = list(FILES), len(scene.HOSPITALS)
     for first in range(0, len(names), at_once):
         for hospital, name in zip(scene.HOSPITALS, names[first : first + at_once], strict=False):
@@ -44,10 +45,13 @@ def provoke(field: Field, base: Path) -> int:
         said = field.command(hospital, "site", *words, *site, check=False)
         assert said, f"{words[0]} said nothing"
         log.write_bytes(log.read_bytes() + said)
-    return sum(
-        (field.root / f"{name}.log").read_text(errors="replace").count("WARNING fedward.client.tr")
-        for name in scene.HOSPITALS
-    )
+    return complaints(field) - before
+
+
+def complaints(field: Field) -> int:
+    """Warnings of the hospitals' own code, for example of rows that cannot be read."""
+    logs = [(field.root / f"{name}.log").read_text(errors="replace") for name in scene.HOSPITALS]
+    return sum(log.count("WARNING fedward.") for log in logs)
 
 
 def run(field: Field, name: str, base: Path) -> None:

@@ -37,18 +37,18 @@ def prepare(field: Field) -> Path:
 
 
 def start(field: Field, base: Path) -> None:
-    """Start the run, and then the hospitals that it waits for."""
+    """Start the hospitals and the run."""
+    for name in scene.HOSPITALS:
+        field.start_site(name)
+    field.wait("four sites online", field.all_online)
+    field.say("all are connected")
+    faults.arm_first(field)
     plan = scene.write_plan(scene.make_plan(base), field.root / "plan.toml")
     root = str(field.coordinator.root)
     words = ["run", "start", str(plan), "--name", scene.RUN, "--coordinator", root]
     for _ in range(2):  # idempotent
         shown = json.loads(field.command("coordinator", *words, "--json"))
         assert (shown["name"], shown["rounds"]) == (scene.RUN, scene.ROUNDS)
-    faults.arm_first(field)
-    for name in scene.HOSPITALS:
-        field.start_site(name)
-    field.wait("four sites online", field.all_online)
-    field.say("all are connected")
 
 
 def main() -> int:
@@ -63,6 +63,7 @@ def main() -> int:
         facts = faults.check(field, faults.undisturbed(field, base))
         field.say("every adapter is the undisturbed run's, and every ledger is right")
         complaints = leaks.provoke(field, base)
+        assert complaints > len(scene.HOSPITALS), "the damaged records were not read"
         found = leaks.search(field)
         assert not found, f"patients' words are in {found}"
         field.say(f"no patient's word left the records, in spite of {complaints} complaints")

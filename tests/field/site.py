@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 from fedward import cli
 from fedward.client.safe_logs import keep_records_out_of_logs
@@ -31,7 +32,7 @@ def note_masks(file: Path) -> None:
             evidence.mark(file, key + b"-", vector.tobytes())
         masks.apply_masks(vector, add=add, subtract=subtract, threads=threads)
 
-    site_session.apply_masks = noted  # type: ignore[assignment]  # the test's own
+    patch.object(site_session, "apply_masks", noted).start()
 
 
 def hold_sessions(root: Path) -> None:
@@ -45,7 +46,7 @@ def hold_sessions(root: Path) -> None:
         hold.stay(root, hold.survivors(session._expected.attempt.round))
         return consistency(session, message)
 
-    SiteSession.consistency = held  # type: ignore[method-assign]  # the test's own
+    patch.object(SiteSession, "consistency", held).start()
 
 
 def start_trainer(root: str, hospital: str) -> None:
@@ -58,7 +59,7 @@ def start_trainer(root: str, hospital: str) -> None:
         kept = {name: os.environ[name] for name in ("PYTHONPATH", "FIELD_WATCH")}
         return TrainerProcess(mine, {**environment, **kept})
 
-    remote_trainer.TrainerProcess = process  # type: ignore[assignment,misc]  # the test's own
+    patch.object(remote_trainer, "TrainerProcess", process).start()
 
 
 def leak(root: Path) -> None:
@@ -76,7 +77,7 @@ def leak(root: Path) -> None:
         code, parts = act(agent, letter)
         return code, {**parts, "note": note}
 
-    Agent._act = leaking  # type: ignore[method-assign]  # the test's own
+    patch.object(Agent, "_act", leaking).start()
 
 
 def main(root: str, hospital: str, how: str) -> None:
@@ -88,7 +89,8 @@ def main(root: str, hospital: str, how: str) -> None:
     note_masks(scene.masks_of(Path(root)))
     hold_sessions(Path(root))
     start_trainer(root, hospital)
-    daemon.run_site = partial(daemon.run_site, key=scene.secret(hospital, "rounding"))  # type: ignore[assignment]  # the test's own
+    run_site = partial(daemon.run_site, key=scene.secret(hospital, "rounding"))
+    patch.object(daemon, "run_site", run_site).start()
     if how == "leaking":
         leak(Path(root))
     sys.argv = ["fedward", "site", "run", "--site", root]

@@ -46,7 +46,7 @@ def test_the_commands_of_the_page_end_in_a_finished_run_of_three_sites(tmp_path,
             start_new_session=True,
         )
         try:
-            code = shell.wait(540)
+            code = shell.wait(1200)
         finally:
             os.killpg(shell.pid, signal.SIGKILL)
     logs = "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("out/walk/*.log"))

@@ -6,9 +6,11 @@ and it waits in the middle of a training where the test asks for that.
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from fedward import cli
 from fedward.client import operations_cli
+from fedward.client.sandbox import confine
 
 
 def fix_trainer(root: Path, hospital: str) -> None:
@@ -42,17 +44,15 @@ def fix_trainer(root: Path, hospital: str) -> None:
             evidence.mark(scene.draws_of(root), self._streams[-1]._key, result.update.tobytes())
             return result
 
-    site_trainer.LocalTrainer = Fixed  # type: ignore[misc]  # the test's own
+    patch.object(site_trainer, "LocalTrainer", Fixed).start()
 
 
 def main(root: str, hospital: str) -> None:
-    confine = operations_cli.confine
-
     def confine_and_fix(cache: Path) -> None:
         confine(cache)  # first of all, as the command has it
         fix_trainer(Path(root), hospital)
 
-    operations_cli.confine = confine_and_fix
+    patch.object(operations_cli, "confine", confine_and_fix).start()
     sys.argv = ["fedward", "site", "train-service", "--child", "--site", root]
     cli.main()
 
