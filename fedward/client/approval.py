@@ -89,7 +89,7 @@ class Consent:
             lacking = list(_lacking(plan, self.policy, approval))
             names = self.policy.datasets if approval is None else (approval.dataset,)
             if len(names) == 1:
-                reasons += _source_reasons(self._folder, plan, self.policy, names[0])
+                reasons += source_reasons(self._folder, plan, self.policy, names[0])
             reasons += _changed(self._folder, self.policy)
             if self._folder.paused.exists():
                 reasons.append("this site is paused: fedward site resume")
@@ -117,8 +117,8 @@ def _lacking(plan: Plan, policy: Policy, approval: Approval | None) -> list[str]
     return found
 
 
-def _source_reasons(folder: SiteFolder, plan: Plan, policy: Policy, name: str) -> list[str]:
-    """The reasons against training a plan on one data source."""
+def source_reasons(folder: SiteFolder, plan: Plan, policy: Policy, name: str) -> list[str]:
+    """Every reason against training a plan on a data source of this name."""
     try:
         return list(policy.source_reasons(plan, load_source(folder, name)))
     except ConfigurationError as error:
@@ -161,7 +161,7 @@ def approve(
     """
     policy = load_policy(folder.policy)
     name = _dataset(policy, dataset)
-    reasons = [*_standing(plan, policy, now), *_source_reasons(folder, plan, policy, name)]
+    reasons = [*_standing(plan, policy, now), *source_reasons(folder, plan, policy, name)]
     if reasons:
         raise PolicyRefusal(reasons)
     approval = Approval(

@@ -194,7 +194,8 @@ def add_data(
         columns=Columns(names=names),
     )
     facts = add_source(folder, name, source)
-    journal_command(folder, "data added", {"who": who(), "name": name})
+    said = {"who": who(), "name": name, "source": source.hash().hex()}
+    journal_command(folder, "data added", said)
     if json_output:
         typer.echo(json.dumps({"name": name, **dataclasses.asdict(facts)}, indent=2))
         return
@@ -279,13 +280,15 @@ def check_policy(
 
     Exit code 0: allowed, once it is approved; 1: refused.
     """
-    from fedward.client.approval import find_plan
+    from fedward.client.approval import find_plan, source_reasons
     from fedward.client.policy import load_policy
     from fedward.errors import PolicyRefusal
 
     folder = SiteFolder.load(site)
     policy, found = load_policy(folder.policy), find_plan(folder, plan)
     reasons = list(policy.reasons(found))
+    if len(policy.datasets) == 1:
+        reasons += source_reasons(folder, found, policy, policy.datasets[0])
     if json_output:
         facts = {"plan": found.hash().hex(), "allowed": not reasons, "reasons": reasons}
         typer.echo(json.dumps(facts, indent=2))

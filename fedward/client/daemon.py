@@ -57,11 +57,11 @@ def run_site(
     with folder.alone():
         verify_journal(folder, folder.identity().public_key)  # one that went back stops the site
         while not stop.is_set():
-            changed = threading.Event()
+            changed, before = threading.Event(), _said(folder)  # before the agent reads them
             with _agent(folder, trainer, key) as (agent, journal):
                 journal.record("started")
                 watch = threading.Thread(
-                    target=_watch, args=(folder, stop, changed), name="folder", daemon=True
+                    target=_watch, args=(folder, before, stop, changed), name="folder", daemon=True
                 )
                 watch.start()
                 try:
@@ -114,10 +114,12 @@ def _office(folder: SiteFolder) -> Office:
     )
 
 
-def _watch(folder: SiteFolder, stop: threading.Event, changed: threading.Event) -> None:
-    """Set ``changed`` when the site has to stop, or its policy or roster is another one."""
+def _watch(
+    folder: SiteFolder, before: list[bytes], stop: threading.Event, changed: threading.Event
+) -> None:
+    """Set ``changed`` when the site has to stop, or its policy or roster is not as before."""
     try:
-        before, looks = _said(folder), 0
+        looks = 0
         while not (stop.is_set() or changed.wait(_LOOK_SECONDS)):
             if looks % int(_ROSTER_SECONDS / _LOOK_SECONDS) == 0:
                 _ask_for_roster(folder)

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -90,6 +94,27 @@ def member(enrolled, shell):
     return shell
 
 
+def test_the_token_is_asked_for_where_somebody_sits_and_not_shown(shell, tmp_path):
+    """At a terminal, whose other end is here; so it is in no list of processes and no history."""
+    shell("site init --name st-mary ROOT/site")
+    mine, theirs = pty.openpty()
+    code = "from fedward.cli import main; main()"
+    command = [sys.executable, "-c", code, "site", "enrol", "--site", f"{tmp_path}/site"]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    said = b""
+    while b"token: " not in said:
+        said += os.read(mine, 1024)
+    os.write(mine, b"fedward-CANARY\n")
+    assert process.wait(60) == 2
+    said += os.read(mine, 4096)
+    os.close(mine)
+    assert b"not an enrolment token" in said
+    assert b"CANARY" not in said
+
+
 def test_both_sides_show_the_same_fingerprints(member):
     theirs = member.json("coordinator roster COORDINATOR")
     mine = member.json("site roster SITE")
@@ -160,6 +185,15 @@ def test_a_plan_is_checked_approved_and_withdrawn(member, base):
     assert (folder.approvals / f"{made['plan']}.signed").exists()
     assert "is withdrawn" in member(f"site approve {made['plan'][:10]} --withdraw SITE")
     assert not (folder.approvals / f"{made['plan']}.signed").exists()
+
+
+def test_a_column_that_is_not_mapped_is_told_before_anybody_approves(member, base):
+    prepare(member, base)
+    plan = member.root / "plan.toml"
+    plan.write_text(plan.read_text().replace("[data]", '[data]\ntext = "mrn"'))
+    for line in ("site policy check ROOT/plan.toml SITE", "site approve ROOT/plan.toml SITE"):
+        with pytest.raises(PolicyRefusal, match="it reads column 'mrn'"):
+            member(line)
 
 
 def test_a_plan_beyond_the_policy_is_refused_with_every_reason(member, base):

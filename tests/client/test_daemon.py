@@ -1,10 +1,12 @@
 """The resident agent around its folder; tests/server/test_coordinator.py has it on the wire."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -63,6 +65,26 @@ def test_it_takes_up_a_changed_policy_waits_for_its_coordinator_and_stops(folder
     assert whats == ["started", "policy or roster changed", "started", "stopped"]
 
 
+def test_a_policy_that_changes_while_the_agent_is_built_is_noticed(folder, monkeypatch):
+    """Or it would refuse every plan, because the file is not the one that it has read."""
+    build, stop = daemon._agent, threading.Event()
+
+    @contextlib.contextmanager
+    def slow(*given: Any) -> Iterator[Any]:
+        with build(*given) as made:
+            if started(folder) == 0:
+                write_private(folder.policy, POLICY.replace("8.0", "4.0").encode())
+            yield made
+
+    monkeypatch.setattr(daemon, "_agent", slow)
+    thread = threading.Thread(target=run_site, args=(folder, desk.Scripted(0), stop))
+    thread.start()
+    wait_for(lambda: started(folder) == 2)
+    stop.set()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 def test_a_full_disk_or_a_bug_does_not_leave_the_agent_without_its_watch(folder, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left")
@@ -70,7 +92,7 @@ def test_a_full_disk_or_a_bug_does_not_leave_the_agent_without_its_watch(folder,
     monkeypatch.setattr(daemon, "fetch_roster", full)
     stop, changed = threading.Event(), threading.Event()
     threading.Timer(0.5, stop.set).start()
-    daemon._watch(folder, stop, changed)
+    daemon._watch(folder, daemon._said(folder), stop, changed)
     assert stop.is_set(), "a full disk did not end the watch"
     assert changed.is_set()
 
@@ -80,7 +102,7 @@ def test_a_full_disk_or_a_bug_does_not_leave_the_agent_without_its_watch(folder,
     changed.clear()
     monkeypatch.setattr(daemon, "_ask_for_roster", bug)
     with pytest.raises(AttributeError):
-        daemon._watch(folder, threading.Event(), changed)
+        daemon._watch(folder, daemon._said(folder), threading.Event(), changed)
     assert changed.is_set(), "nobody would ever stop the agent"
 
 

@@ -222,6 +222,21 @@ def test_no_trainer_outlives_what_it_was_made_of(base, tmp_path, change):
     assert len(made) == 2
 
 
+def test_a_patient_who_does_not_fit_is_left_out_without_a_word_to_the_agent(base, tmp_path, caplog):
+    site, plan, records = make_site(tmp_path, base), tiny.make_plan(base), tmp_path / "records"
+    rows = tiny.make_rows("a", 4)
+    odd = [{**row, "patient": "odd", "label": "CANARY"} for row in tiny.make_rows("b", 1)]
+    path = tiny.write_data(records, [*odd, *rows]) / "train.jsonl"
+    path.write_text("{ CANARY\n" + path.read_text())
+    service = TrainerService(trainer_maker(site), admission(site))
+    task = wire.Task(dataset="notes", source=load_source(site, "notes").hash())
+    trainer = service._trainer(plan, task)
+    assert trainer.units == 4
+    assert np.isfinite(trainer.train(asked(plan)).update).all()
+    assert f"{len(odd) + 1} rows do not fit the plan; their patients are left out" in caplog.text
+    assert "CANARY" not in caplog.text
+
+
 def test_what_was_added_to_the_file_is_trained_on(base, tmp_path):
     site, plan, records = make_site(tmp_path, base), tiny.make_plan(base), tmp_path / "records"
     service = TrainerService(trainer_maker(site), admission(site))
