@@ -28,10 +28,10 @@ def train(
 ) -> None:
     """Train centrally, on data that the coordinator may use.
 
-    A job names a stage (sft, reward, dpo, kto, orpo, grpo, rloo, ppo, distill), a tuner and the
-    data; with [[steps]] it is a chain, each step starting from what an earlier one made. Interrupt
-    at any time and go on with --resume, to the same weights. Start it by torchrun to use several
-    GPUs.
+    A job names a stage (sft, reward, dpo, kto, orpo, grpo, rloo, ppo, distill), a tuner
+    and the data. It may have several steps that start from what earlier ones made.
+    Interrupt at any time and go on with --resume, to the same weights. Start it by
+    torchrun to use several GPUs.
     """
     from datasets.utils.logging import disable_progress_bar as no_bars_of_datasets
     from transformers.utils.logging import disable_progress_bar  # heavy, like torch and TRL

@@ -20,6 +20,8 @@ def refusal(stage: Stage, method: str, base: Base) -> str | None:
         return "quantised weights cannot be trained: use a tuner, or quantize = 'none'"
     if method == "qlora" and base != "nf4":
         return "qlora is LoRA over an NF4 base: set quantize = 'nf4', or use lora"
+    if method == "pissa" and base != "none":
+        return "its start takes the base's weights apart, which a quantised base has only rounded"
     if METHODS[method].prompts and stage == "distill":
         return "the distillation loss calls the model below the trained vectors"
     if stage == "orpo" and method in ("prompt", "p-tuning"):
