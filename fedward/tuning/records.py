@@ -336,18 +336,23 @@ def _next_fields(reader: Iterator[list[str]]) -> list[str] | None:
 
 def _json_table(data: bytes, *, whole: bool) -> Table:
     """Rows of JSON lines, or with ``whole`` of one list of them where the file is one."""
-    found = _json_value(data) if whole else None
-    if not isinstance(found, list):
-        found = [_json_value(line) for line in data.split(b"\n") if line.strip()]
-        if whole and found and not any(found):
+    listed = _json_value(data) if whole else None
+    if isinstance(listed, list):
+        values = listed
+    else:
+        values = [_json_value(line) for line in data.split(b"\n") if line.strip()]
+        if whole and values and not any(values):
             raise ValueError  # not even lines
     escaped = b"\\u" in data
-    rows = tuple(row if _is_json_row(row, escaped=escaped) else None for row in found)
+    rows = tuple(
+        value if isinstance(value, dict) and (not escaped or _is_sound(value)) else None
+        for value in values
+    )
     columns = dict.fromkeys(column for row in rows if row is not None for column in row)
     return Table(columns=tuple(columns), rows=rows)
 
 
-def _json_value(text: bytes) -> object:
+def _json_value(text: bytes) -> Any:  # noqa: ANN401  # JSON
     """What JSON says; None for what is no JSON."""
     try:
         return json.loads(text.decode("utf-8-sig"))
@@ -355,11 +360,9 @@ def _json_value(text: bytes) -> object:
         return None
 
 
-def _is_json_row(value: object, *, escaped: bool) -> bool:
+def _is_sound(row: Row) -> bool:
     """Half a surrogate pair can be written in JSON, but no tokenizer takes it."""
-    if not isinstance(value, dict):
-        return False
-    return not escaped or _is_unicode(json.dumps(value, ensure_ascii=False))
+    return _is_unicode(json.dumps(row, ensure_ascii=False))
 
 
 def _is_unicode(text: str) -> bool:

@@ -142,7 +142,8 @@ def test_a_message_is_fetched_up_to_its_limit(coordinator, where):
     size = sum(map(len, contents.values()))
     found = fetch(coordinator, where, message, contents, size)
     assert found is not None
-    assert found.content.array_records["parts"]["a"].data == message.content["parts"]["a"].data
+    arrays = [given.content.array_records["parts"]["a"].data for given in (found, message)]
+    assert arrays[0] == arrays[1]
     assert fetch(coordinator, where, message, contents, size - 1) is None
 
 

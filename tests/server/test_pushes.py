@@ -15,7 +15,11 @@ from fedward.server.pushes import MOST_OBJECTS, PUSH_PATH
 
 
 def reply(objects: int = 3, node: int = 7, **changes: Any) -> PushMessagesRequest:
-    said = {"src_node_id": 7, "dst_node_id": 1, "reply_to_message_id": "a"} | changes
+    said: dict[str, Any] = {
+        "src_node_id": 7,
+        "dst_node_id": 1,
+        "reply_to_message_id": "a",
+    } | changes
     leaves = [ObjectTree(object_id=str(number)) for number in range(objects - 1)]
     return PushMessagesRequest(
         node=Node(node_id=node),
@@ -38,7 +42,7 @@ def push(body: bytes, path: str = PUSH_PATH) -> tuple[int, bytes | None]:
         "headers": [(b"content-length", str(len(body)).encode())],
     }  # fmt: skip
     half = len(body) // 2
-    parts = [{"body": body[half:]}, {"body": body[:half], "more_body": True}]
+    parts: list[dict[str, Any]] = [{"body": body[half:]}, {"body": body[:half], "more_body": True}]
     sent: list[MutableMapping[str, Any]] = []
 
     async def receive() -> MutableMapping[str, Any]:
@@ -53,20 +57,20 @@ def push(body: bytes, path: str = PUSH_PATH) -> tuple[int, bytes | None]:
 
 def test_a_reply_reaches_flower_as_it_was_sent():
     for objects in (1, 3, MOST_OBJECTS):
-        body = reply(objects).SerializeToString()
+        body = bytes(reply(objects).SerializeToString())
         assert push(body) == (200, body)
 
 
 def two_messages() -> bytes:
     request = reply()
     request.messages_list.append(request.messages_list[0])
-    return request.SerializeToString()
+    return bytes(request.SerializeToString())
 
 
 def no_tree() -> bytes:
     request = reply()
     del request.message_object_trees[:]
-    return request.SerializeToString()
+    return bytes(request.SerializeToString())
 
 
 def branching() -> bytes:
@@ -75,7 +79,7 @@ def branching() -> bytes:
     for _ in range(10):
         tree = ObjectTree(children=[tree, tree])
     request.message_object_trees[0].CopyFrom(tree)
-    return request.SerializeToString()
+    return bytes(request.SerializeToString())
 
 
 REFUSED: dict[str, Callable[[], bytes]] = {

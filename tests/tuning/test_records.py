@@ -216,7 +216,7 @@ def left_out(path: Path, **sections: Any) -> list[Any]:
 class TestOneUnitDoesNotDecideOverAnother:
     """For every fault in one patient's rows: the others' are read as without it, and no error."""
 
-    GOOD: ClassVar = [
+    GOOD: ClassVar[list[dict[str, Any]]] = [
         {"patient": name, "text": f"a note {name}", "label": "surgery"} for name in "abcd"
     ]
 
