@@ -37,6 +37,7 @@ from fedward.errors import (
     IdentityError,
     LedgerError,
     LedgerRolledBack,
+    PolicyRefusal,
     ProtocolError,
     SiteCode,
 )
@@ -291,6 +292,9 @@ class Agent:
             missed: Json = [first, attempt.round - 1]
             _LOG.warning("round %d: sums of rounds %s were not checked", attempt.round, missed)
             self._note("sums not checked", {"run": attempt.run, "rounds": missed})
+            if self._policy.every_sum:
+                reason = f"the sums of rounds {missed} were not checked, and every_sum is on"
+                raise PolicyRefusal([reason])
 
     def _recompute(
         self, letter: Letter, plan: Plan, layout: Layout, then: Attempt, before: bytes

@@ -69,6 +69,8 @@ class Policy:
         max_letter: Most MiB of one letter of the coordinator's, at least 1: the adapter, and
             beside it the last sum.
         gpu_memory: Most GiB of GPU memory that the trainer takes, above 0.
+        every_sum: Whether the site refuses to go on after rounds whose sums it could not check,
+            because it was away or was told of none.
         hours: Windows of local time in which a round may start, like ``mon-fri 20:00-06:00``;
             empty: always.
         signers: Ed25519 keys (hex); one of them must have signed a plan at its approval. Empty: the
@@ -103,6 +105,7 @@ class Policy:
     max_records_per_unit: int = 1000
     max_letter: int = 1024
     gpu_memory: float | None = None
+    every_sum: bool = False
     hours: tuple[str, ...] = ()
     signers: tuple[str, ...] = ()
     permit: str | None = None

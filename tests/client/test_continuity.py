@@ -1,17 +1,21 @@
 """From round to round a site follows the sums: no fork is taken, and no gap without a word."""
 
+import dataclasses
 import os
 import shutil
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fedward.attempt import Attempt
+from fedward.client.approval import approve
 from fedward.client.memory import SiteMemory
 from fedward.errors import SiteCode
 from fedward.tuning.vector import replace_vector, vector_of
-from tests.client.desk import LAYOUT, RUN, SITES
+from fedward.typed_toml import dump
+from tests.client.desk import LAYOUT, PLAN, RUN, SITES
 from tests.client.test_hostile_coordinator import MANUAL, Field
 
 
@@ -109,6 +113,20 @@ def test_a_skipped_round_is_in_the_journal(field):
     field.round(1)
     assert field.task(at(3), 0, adapter=bent(field)) is SiteCode.READY
     assert unchecked(field) == [[1, 2]]
+
+
+def test_a_policy_may_refuse_what_could_not_be_checked(field):
+    strict = dataclasses.replace(field.policy, every_sum=True)
+    folder = field.site(0)
+    folder.policy.write_text(dump(strict))
+    approve(folder, PLAN, who="jo", now=datetime(2026, 5, 2, tzinfo=UTC))
+    field.restart(0)
+    field.round(1)
+    code = field.task(at(3), 0)
+    field.refused(code, SiteCode.REFUSED_POLICY, "rounds [1, 2] were not checked")
+    assert unchecked(field) == [[1, 2]]
+    assert len(field.trainers[0].requests) == 1, "nothing was trained"
+    assert field.task(at(2), 0) is SiteCode.READY, "control: the round that follows"
 
 
 def test_a_run_that_begins_in_its_middle_is_in_the_journal(field):
