@@ -287,9 +287,9 @@ class Tally:
     @property
     def complete(self) -> bool:
         """Whether enough shares are there for :meth:`result`."""
-        need = self._cohort.need.threshold
         return self._stage == "R4" and all(
-            len(self._released.get(dealer, {})) >= need for dealer in self._needed()
+            len(self._released.get(dealer, {})) >= self._cohort.need.threshold
+            for dealer in self._needed()
         )
 
     def result(self) -> SumResult:

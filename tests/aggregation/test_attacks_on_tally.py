@@ -9,6 +9,7 @@ import pytest
 from fedward.aggregation import cohort as cohort_module
 from fedward.aggregation import shamir, wire
 from fedward.aggregation import tally as tally_module
+from fedward.aggregation.fixed_point import Grid
 from fedward.aggregation.graph import Thresholds
 from fedward.aggregation.masks import Words
 from fedward.aggregation.transcript import (
@@ -273,3 +274,106 @@ def test_a_forged_hello_costs_the_forger_alone():
         rig.tally.add_hello(2, wire.encode_hello(hello._replace(signature=bytes(64))))
     rig.exchange("R0", dict.fromkeys((1, 3, 4), rig.tally.request()))
     assert sorted(rig.tally.close_hellos()) == [1, 3, 4]
+
+
+def signed_hello(rig: Rig, hello: wire.Hello) -> bytes:
+    """A hello with the true signature of the site in whose name it speaks."""
+    fields = cohort_module.hello_fields(rig.tally.request(), hello)
+    return wire.encode_hello(hello._replace(signature=sign(identity(hello.site), "R0", *fields)))
+
+
+@pytest.mark.parametrize("purpose", ["envelope_key", "mask_key"])
+def test_a_key_that_another_site_has_or_that_everybody_can_use(purpose):
+    rig = make_rig(4)
+    honest = wire.decode_hello(rig.answer("R0", 2, rig.tally.request()))
+    for copied in (honest.envelope_key, honest.mask_key):
+        other = make_rig(4)
+        other.add("R0", 2, signed_hello(other, honest))
+        hello = wire.decode_hello(other.answer("R0", 3, other.tally.request()))
+        with pytest.raises(SiteFault, match="site 3: one of its keys is in the cohort"):
+            other.tally.add_hello(3, signed_hello(other, hello._replace(**{purpose: copied})))
+    low = honest._replace(**{purpose: bytes(32)})
+    with pytest.raises(SiteFault, match="site 2: its key is of low order"):
+        rig.tally.add_hello(2, signed_hello(rig, low))
+
+
+def test_a_site_too_many_for_the_grid():
+    rig = make_rig(5, grid=Grid(clip=1.0, sites=4, word_bits=32))
+    replies = {site: rig.answer("R0", site, rig.tally.request()) for site in rig.sites}
+    for site in (1, 2, 3, 4):
+        rig.add("R0", site, replies[site])
+    with pytest.raises(ProtocolError, match="full with 4 sites"):
+        rig.add("R0", 5, replies[5])
+    assert sorted(rig.tally.close_hellos()) == [1, 2, 3, 4]
+
+
+def test_forged_headers_and_votes():
+    rig = make_rig(4)
+    messages = rig.run_to("R2")
+    header = wire.decode_header(rig.answer("R2", 2, messages[2]))
+    with pytest.raises(SiteFault, match="site 2: its R2 signature"):
+        rig.add("R2", 2, wire.encode_header(header._replace(signature=bytes(64))))
+    for site in rig.sites:
+        rig.add("R2", site, rig.answer("R2", site, messages[site]))
+    rig.tally.close_masked()
+    with pytest.raises(SiteFault, match="site 2: its R3 signature"):
+        rig.add("R3", 2, wire.encode_vote(wire.Vote(2, bytes(64))))
+
+
+def test_answers_that_come_after_their_exchange():
+    rig = make_rig(5, gone={5: "R4"})
+    closes = (
+        rig.tally.close_hellos,
+        rig.tally.close_shares,
+        rig.tally.close_masked,
+        rig.tally.close_consistency,
+    )
+    messages = dict.fromkeys(rig.sites, rig.tally.request())
+    for stage, close in zip(("R0", "R1", "R2", "R3"), closes, strict=True):
+        rig.exchange(stage, messages)
+        messages = close()
+        with pytest.raises(ProtocolError, match=f"{stage} is not open"):
+            rig.add(stage, 2, rig.said[stage][2])
+    rig.exchange("R4", messages)
+    late = rig.answer("R4", 5, messages[5])
+    assert rig.tally.complete
+    rig.tally.result()
+    assert not rig.tally.complete
+    with pytest.raises(ProtocolError, match="R4 is not open"):
+        rig.add("R4", 5, late)
+
+
+def test_the_sum_is_not_complete_before_its_shares_are_asked_for():
+    rig = make_rig(4)
+    messages = dict.fromkeys(rig.sites, rig.tally.request())
+    assert not rig.tally.complete
+    rig.exchange("R0", messages)
+    rig.exchange("R1", rig.tally.close_hellos())
+    assert not rig.tally.complete
+
+
+def test_two_sites_that_drop_out_together():
+    """The mask between them stands in nobody's input and must not be taken out of the sum."""
+    rig = make_rig(7, gone={2: "R2", 5: "R2"})
+    assert np.array_equal(rig.run().words, rig.plain_sum((1, 3, 4, 6, 7)))
+
+
+def test_a_shared_number_that_is_no_secret_of_32_bytes(monkeypatch):
+    rig = make_rig(4)
+    split, count = shamir.split, iter(range(8))
+
+    def lying(secret: bytes, *, holders: int, **options: Any) -> list[bytes]:
+        if next(count) == 2:  # site 2 is the second dealer; it shares its seed first
+            return [(2**256 + 7).to_bytes(33, "big")] * holders
+        return split(secret, holders=holders, **options)
+
+    monkeypatch.setattr(shamir, "split", lying)
+    with pytest.raises(SiteFault, match="site 2: its shares do not lie on one polynomial"):
+        rig.run()
+
+
+def test_the_published_sum_cannot_be_changed():
+    rig = make_rig(4)
+    words = rig.run().words
+    with pytest.raises(ValueError, match="read-only"):
+        words[0] = 0
