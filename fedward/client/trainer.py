@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fedward.canonical import digest
+from fedward.client.codes import LIBRARY_ERRORS, safe_repr
 from fedward.client.metric_slots import metric_slots
 from fedward.client.step_check import check_step
 from fedward.client.training import Scores, TrainRequest, TrainResult
-from fedward.errors import ConfigurationError, DataError, ModelError
+from fedward.errors import ConfigurationError, DataError, FedwardError, ModelError
 from fedward.plan import Plan
 from fedward.privacy.noise import SecureStream
 from fedward.privacy.optimizer import Mechanism
@@ -31,6 +32,9 @@ from fedward.tuning.tuned import Tuned, tuned_model
 from fedward.tuning.tuners import trainable
 
 _LOG = logging.getLogger(__name__)
+
+_UNFIT = (DataError, ConfigurationError, *LIBRARY_ERRORS)
+"""What a record may provoke in templates and tokenizers."""
 
 Units = Sequence[Sequence[int]]
 """For each unit the numbers of its records."""
@@ -99,13 +103,13 @@ class LocalTrainer:
             ``count + spare`` such updates says; every constant is the plan's.
         """
         plan = request.plan
-        if not (self.units or plan.privacy.enabled):
-            raise DataError("this site has no training records: expected at least one patient")
         self.prepare(request)
         model = self.tuned(plan).model
         start = flatten(model)
         stream = self._stream(request)
         units, encoded = self._encode(plan, self._records, held_out=False)
+        if not (units or plan.privacy.enabled):
+            raise DataError("this site has no training records: expected at least one patient")
         train_model(
             model,
             units,
@@ -174,8 +178,9 @@ class LocalTrainer:
             tokenizer = self.tuned(plan).tokenizer
             try:
                 self._encoded[key] = (records.units, encode(records, tokenizer, plan))
-            except (DataError, ConfigurationError) as error:
-                _LOG.warning("%s; its unit is left out", error)
+            except _UNFIT as error:
+                own = isinstance(error, FedwardError)
+                _LOG.warning("%s; its unit is left out", error if own else safe_repr(error))
                 alone = [select(records, [unit]) for unit in range(len(records.units))]
                 kept = merge([part for part in alone if _fits(part, tokenizer, plan)])
                 self._encoded[key] = (kept.units, encode(kept, tokenizer, plan))
@@ -250,6 +255,6 @@ def train_model(
 def _fits(records: Records, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> bool:
     try:
         encode(records, tokenizer, plan)
-    except (DataError, ConfigurationError):
+    except _UNFIT:
         return False
     return True

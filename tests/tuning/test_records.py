@@ -265,7 +265,7 @@ class TestOneUnitDoesNotDecideOverAnother:
             read_records(path, plan())
 
     def test_all_rows_of_the_unit_go(self, tmp_path):
-        rows = [*self.GOOD, {"patient": "a", "text": None, "label": "surgery"}]
+        rows = [*self.GOOD, {**self.GOOD[0], "text": None}]
         assert left_out(jsonl(tmp_path / "a.jsonl", rows)) == list("bcd")
 
     def test_a_row_of_nobody_takes_nobody_along(self, tmp_path):
