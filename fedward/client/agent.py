@@ -207,14 +207,14 @@ class Agent:
     def _task(self, letter: Letter) -> SiteCode:
         """Check the task, reserve its cost, train; the update waits here for its session."""
         attempt, plan = letter.attempt, from_json(letter.part("plan"))
-        adapter, layout = letter.part("adapter"), layout_from_bytes(letter.part("layout"))
+        layout = layout_from_bytes(letter.part("layout"))
         newest = self._memory.newest(attempt.run)
         if newest is not None and attempt.order <= newest:
             return SiteCode.REFUSED_STALE
         approval = self._consent.check(plan)
         if attempt.round > plan.rounds.count:
             raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
-        self._check_adapter(letter, plan, layout)
+        adapter = self._adapter(letter, plan, layout)
         draw = self._ledger.spent_in(attempt)
         expected = planned_session(
             plan,
@@ -270,13 +270,14 @@ class Agent:
         same = (then.run, then.round, then.session) == (now.run, now.round, now.session)
         return work.result if same and work.draw == request.draw else None
 
-    def _check_adapter(self, letter: Letter, plan: Plan, layout: Layout) -> None:
-        """Recompute this round's adapter from the last one and the published sum (DESIGN §3.7).
+    def _adapter(self, letter: Letter, plan: Plan, layout: Layout) -> bytes:
+        """This round's adapter, recomputed from the last one and the published sum (DESIGN §3.7).
 
-        It proves the arithmetic, and that the cohort is the one this site signed; that the words
-        are the session's sum only a comparison of transcripts between sites can show. A site that
-        missed rounds, or was told of none, has nothing to recompute from: the journal says which
-        sums it could not check. The task hash binds all sites of a session to the same adapter.
+        Where a site can do that, its task may come without the adapter. It proves the arithmetic,
+        and that the cohort is the one this site signed; that the words are the session's sum only a
+        comparison of transcripts between sites can show. A site that missed rounds, or was told of
+        none, has nothing to recompute from: the journal says which sums it could not check. The
+        task hash binds all sites of a session to the same adapter.
         """
         attempt, last, first = letter.attempt, self._memory.last_task(letter.attempt.run), 1
         if last is not None:
@@ -286,8 +287,7 @@ class Agent:
             if attempt.round == first and last[1] != letter.part("adapter"):
                 raise ProtocolError("the adapter changed between two attempts at one round")
             if attempt.round == first + 1:
-                self._recompute(letter, plan, layout, *last)
-                return
+                return self._recompute(letter, plan, layout, *last)
         if attempt.round > first:
             missed: Json = [first, attempt.round - 1]
             _LOG.warning("round %d: sums of rounds %s were not checked", attempt.round, missed)
@@ -295,11 +295,12 @@ class Agent:
             if self._policy.every_sum:
                 reason = f"the sums of rounds {missed} were not checked, and every_sum is on"
                 raise PolicyRefusal([reason])
+        return letter.part("adapter")
 
     def _recompute(
         self, letter: Letter, plan: Plan, layout: Layout, then: Attempt, before: bytes
-    ) -> None:
-        """Compare a task's adapter with what the adapter before and the published sum give."""
+    ) -> bytes:
+        """What the adapter before and the published sum give; a task's own must be the same."""
         cohort = self._cohort(letter.part("cohort"), plan)
         committed = _committed(letter.part("attempt"), then)
         # What it signed in an attempt that came to nothing binds no attempt that it missed.
@@ -314,8 +315,9 @@ class Agent:
         mean = total / parameters.divisor(cohort)
         check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
         expected = replace_vector(before, layout, next_vector(start, mean))
-        if expected != letter.part("adapter"):
+        if letter.parts.get("adapter", expected) != expected:
             raise ProtocolError("the adapter is not what the published sum gives")
+        return expected
 
     def _cohort(self, data: bytes, plan: Plan) -> tuple[int, ...]:
         """Read a published cohort: ids of the roster, ascending, at least the minimum."""

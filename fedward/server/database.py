@@ -1,9 +1,22 @@
 """How the coordinator opens its SQLite files: durable commits, and one writer at a time."""
 
 import contextlib
+import logging
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import OperationalError
+
+_LOG = logging.getLogger(__name__)
+
+_BUSY_WAITS = (0.2, 0.5, 1.0, 2.0)
+_WAL_PAGES = 1 << 16
+
+T = TypeVar("T")
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -28,3 +41,28 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         db.execute("ROLLBACK")
         raise
     db.execute("COMMIT")
+
+
+def checkpoint_seldom() -> None:
+    """Let SQLAlchemy's databases, which is Flower's, copy their log into the file each 256 MB.
+
+    By default they do at each piece of an adapter (5 MB), with all its disk's latency; and most
+    pieces are deleted again within seconds.
+    """
+    if not event.contains(Engine, "connect", _checkpoint_seldom):
+        event.listen(Engine, "connect", _checkpoint_seldom)
+
+
+def _checkpoint_seldom(db: sqlite3.Connection, _: object) -> None:
+    db.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
+
+
+def retry_busy(action: Callable[[], T]) -> T:
+    """Do something with Flower's database that another process may be writing to."""
+    for wait in _BUSY_WAITS:
+        try:
+            return action()
+        except OperationalError as error:
+            _LOG.info("Flower's database is busy: %s", type(error.orig).__name__)
+            time.sleep(wait)
+    return action()

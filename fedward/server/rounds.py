@@ -8,10 +8,8 @@ A round: task (train and reserve) → hello → shares → masked → consistenc
 that is late, silent or wrong is left out and recorded; too few sites end the attempt.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import Message
@@ -24,7 +22,7 @@ from fedward.aggregation.schemes import Vector, next_vector
 from fedward.aggregation.tally import SumResult, Tally
 from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
-from fedward.canonical import Json, canonical_json
+from fedward.canonical import Json
 from fedward.errors import (
     CohortTooSmall,
     IdentityError,
@@ -37,8 +35,9 @@ from fedward.identity import Identity, Roster
 from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letter
 from fedward.plan import Plan
 from fedward.server.anchors import Anchors
+from fedward.server.run_state import State, fold
 from fedward.server.store import EVERYBODY, Phase, RunStore
-from fedward.server.suspects import Record, blame, proven
+from fedward.server.suspects import blame, proven
 from fedward.tuning.vector import (
     Layout,
     dimension,
@@ -52,26 +51,6 @@ Observer = Callable[[Attempt, Phase, int, Json], None]
 
 _EXTRA_ATTEMPTS = 3
 """Attempts at one round in one go beyond the plan's spare rounds, for those that cost nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """Where a run stands between rounds.
-
-    Args:
-        committed: Rounds that are complete.
-        adapter: The adapter's whole state, safetensors bytes.
-        previous: Parts of the next task that let sites recompute this adapter; empty at first.
-        attempts: Attempts that the open round has seen.
-        record: What the run's attempts have shown of its sites: one that lies or falls silent again
-            and again would cost the others an update each time, until no spare round is left.
-    """
-
-    committed: int
-    adapter: bytes
-    previous: Mapping[str, bytes]
-    attempts: int
-    record: Record
 
 
 class RoundEngine:
@@ -131,35 +110,7 @@ class RoundEngine:
         return self._fold().adapter
 
     def _fold(self) -> State:
-        """Replay the events into the state between rounds."""
-        committed, attempts, record = 0, 0, Record()
-        adapter, previous = self._start, dict[str, bytes]()
-        for event in self._store.events(self._run):
-            facts = json.loads(event.payload)
-            if event.phase in {Phase.ABORTED, Phase.COMMITTED}:
-                record = record.after(event.attempt.round, facts)
-            if event.phase is Phase.STARTED:
-                attempts = event.attempt.attempt
-                if facts["plan"] != self._plan.hash().hex():
-                    raise RoundError(
-                        f"run {self._run!r} was started with another plan "
-                        f"({facts['plan'][:12]}): give it that plan, or start a new run"
-                    )
-            elif event.phase is Phase.COMMITTED:
-                committed, attempts = event.attempt.round, 0
-                adapter = self._store.blob(facts["adapter"])
-                previous = {
-                    "sum": self._store.blob(facts["sum"]),
-                    "cohort": canonical_json(facts["cohort"]),
-                    "attempt": canonical_json(event.attempt.attempt),
-                }
-        return State(
-            committed=committed,
-            adapter=adapter,
-            previous=previous,
-            attempts=attempts,
-            record=record,
-        )
+        return fold(self._store, self._run, self._plan, self._start)
 
     def _round(self, grid: Grid, state: State) -> None:
         """Try a round until it is committed."""
@@ -277,12 +228,15 @@ class RoundEngine:
 
     def _invite(self, grid: Grid, attempt: Attempt, state: State) -> list[int]:
         """Send the task to every site and return those that trained in time."""
-        parts = {
+        short = {
             "plan": self._plan.to_json(),
-            "adapter": state.adapter,
             "layout": layout_to_bytes(self._layout),
             **state.previous,
         }
+        # Who took part in the round before has its adapter, and makes this one from the sum. If it
+        # has not, it says so, and the next attempt sends everybody everything.
+        whole = {**short, "adapter": state.adapter}
+        parts = {site: short if site in state.holders else whole for site in self._nodes}
         minimum, colluders = self._plan.cohort.minimum, self._plan.cohort.colluders
         out = proven(state.record.groups, colluders)
         away = state.record.away(
@@ -290,10 +244,10 @@ class RoundEngine:
         )
         todo = [site for site in self._nodes if site not in out | away]
         self._record(attempt, Phase.INVITED, {"sites": todo})
-        ready, refused = self._ask(grid, attempt, "task", dict.fromkeys(todo, parts))
+        ready, refused = self._ask(grid, attempt, "task", {s: parts[s] for s in todo})
         if len(ready) < minimum and away:  # so few are left that these are needed
             todo += away
-            late = self._ask(grid, attempt, "task", dict.fromkeys(away, parts))
+            late = self._ask(grid, attempt, "task", {s: parts[s] for s in away})
             ready, refused = ready | late[0], refused | late[1]
         for site, letter in ready.items():
             self._record(attempt, Phase.READY, self._anchors.learn(letter), site=site)
@@ -303,8 +257,9 @@ class RoundEngine:
                 f"round {attempt.round}: {len(ready)} of {len(todo)} sites are ready, "
                 f"{minimum} are needed ({reasons})"
             )
-            silent = sum(why in {_SILENT, SiteCode.REFUSED_STALE} for why in refused.values())
-            raise (CohortTooSmall if len(ready) + silent >= minimum else _NoHope)(message)
+            hope = {s for s, why in refused.items() if why in {_SILENT, SiteCode.REFUSED_STALE}}
+            hope |= state.holders & refused.keys()  # they may have lacked the adapter
+            raise (CohortTooSmall if len(ready) + len(hope) >= minimum else _NoHope)(message)
         return sorted(ready)
 
     def _ask(

@@ -14,10 +14,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
@@ -50,18 +49,18 @@ from google.protobuf.message import DecodeError
 from sqlalchemy.exc import OperationalError
 
 from fedward.errors import IdentityError, RoundError
+from fedward.server.database import checkpoint_seldom, retry_busy
 from fedward.server.enrolment import AsgiApp
 
 _LOG = logging.getLogger(__name__)
 
-_BEAT_SECONDS, _LONGEST_POLL = 10.0, 0.5
-_DELIVERIES, _BUSY_WAITS = 3, (0.2, 0.5, 1.0, 2.0)
+_BEAT_SECONDS = 10.0
+_LONGEST_POLL = 0.5
+_DELIVERIES = 3
 
 _MALFORMED = (ArithmeticError, AssertionError, AttributeError, DecodeError, LookupError,
               RuntimeError, TypeError, ValueError)  # fmt: skip
 """What Flower raises when it reads bytes that a site made up."""
-
-T = TypeVar("T")
 
 
 def flower_app(database: Path) -> AsgiApp:
@@ -90,12 +89,14 @@ def flower_app(database: Path) -> AsgiApp:
         isolation="process",
         runtime_dependency_install=False,
     )
+    checkpoint_seldom()
     with _only_one(database):
         return create_app(config, SuperLinkLifespan)
 
 
 def open_state(database: Path) -> LinkState:
     """Open, or make, Flower's database."""
+    checkpoint_seldom()
     manager = get_federation_manager(is_simulation=False)
     with _only_one(database):
         _, factory = get_objectstore_linkstate_factories(str(database), manager)
@@ -151,11 +152,12 @@ def _flower_key(text: str) -> bytes:
 
 @dataclass
 class _Pending:
-    """A message on its way: what was sent, when its site last said hello, its reply's header."""
+    """A message on its way: what was sent, when its site last said hello, its reply so far."""
 
     message: Message
     activation: str
     reply: Message | None = None
+    parts: dict[str, bytes] = field(default_factory=dict)
     deliveries: int = 1
 
 
@@ -234,11 +236,10 @@ class LinkGrid(Grid):
         activations = self._activations()
         ids = []
         for message in messages:
-            number = message.object_id
-            message.metadata.__dict__["_message_id"] = number
             activation = activations.get(message.metadata.dst_node_id, "")
-            self._pending[number] = pending = _Pending(message=message, activation=activation)
-            self._store(pending)
+            pending = _Pending(message=message, activation=activation)
+            number = self._store(pending)
+            self._pending[number] = pending
             ids.append(number)
         self._next_look = self._last_found = time.monotonic()
         return ids
@@ -256,11 +257,11 @@ class LinkGrid(Grid):
         self._redeliver(asked)
         found = list[Message]()
         for number, pending in asked.items():
-            whole = None if pending.reply is None else self._whole(pending.reply)
+            whole = None if pending.reply is None else self._whole(pending.reply, pending.parts)
             if whole is not None:
                 found.append(whole)
                 del self._pending[number]
-                _retry_busy(partial(self._clean, number, whole.metadata.message_id))
+                retry_busy(partial(self._clean, number, whole.metadata.message_id))
         self._last_found = now if found else self._last_found
         return found
 
@@ -277,8 +278,8 @@ class LinkGrid(Grid):
             time.sleep(0.1)
         return found
 
-    def _store(self, pending: _Pending) -> None:
-        """Put a message and its objects into the database, as Flower's runtime API would."""
+    def _store(self, pending: _Pending) -> str:
+        """Put a message and its objects into the database; returns the message's id."""
         state, run, message = self._state, self._run.run_id, pending.message
 
         def store() -> bool:
@@ -291,9 +292,12 @@ class LinkGrid(Grid):
                     state.store_object(run, session, number, item.deflate())
             return stored
 
-        with no_object_id_recompute():
-            if not _retry_busy(store):  # its site is revoked
+        with no_object_id_recompute():  # each array is hashed once
+            number = message.object_id
+            message.metadata.__dict__["_message_id"] = number
+            if not retry_busy(store):  # its site is revoked
                 pending.reply = Message(Error(ErrorCode.NODE_UNAVAILABLE), reply_to=message)
+        return number
 
     def _activations(self) -> dict[int, str]:
         """When each node last said hello."""
@@ -303,7 +307,7 @@ class LinkGrid(Grid):
         """Note the replies that Flower has, and since when only sites that are away are missing."""
         waiting = {number for number, pending in asked.items() if pending.reply is None}
         take = partial(self._state.get_message_res, run_id=self._run.run_id)
-        replies = _retry_busy(lambda: take(set(waiting)))
+        replies = retry_busy(lambda: take(set(waiting)))
         now, away = time.monotonic(), dict[str, Message]()
         for reply in replies:
             number = reply.metadata.reply_to_message_id
@@ -333,8 +337,8 @@ class LinkGrid(Grid):
                     self._state.delete_messages({number})
                     self._store(pending)
 
-    def _whole(self, header: Message) -> Message | None:
-        """The reply with its content, once every object of it has arrived."""
+    def _whole(self, header: Message, parts: dict[str, bytes]) -> Message | None:
+        """The reply with its content, once every object of it has arrived; ``parts`` holds them."""
         state, number = self._state, header.metadata.message_id
         if header.metadata.src_node_id == SUPERLINK_NODE_ID:
             return header  # Flower's own word that there will be no reply
@@ -342,18 +346,19 @@ class LinkGrid(Grid):
             tree = state.object_store.get_object_tree(number)
         except NoObjectInStoreError:
             return _lost(header)
-        contents = dict[str, bytes]()
         for node in iterate_object_tree(tree):
+            if node.object_id in parts:
+                continue
             content = state.get_object(self._run.run_id, node.object_id)
             if content == b"":
                 return None
             if content is None:
                 return _lost(header)
-            contents[node.object_id] = content
+            parts[node.object_id] = content
         if header.has_error():
             return header
         try:
-            message = inflate_object_from_contents(number, contents)
+            message = inflate_object_from_contents(number, parts)
         except _MALFORMED:
             return _lost(header)
         if not isinstance(message, Message) or not message.has_content():
@@ -387,14 +392,3 @@ def _lost(header: Message) -> Message:
     """Flower's error for a reply whose content never came, or is none."""
     error = Error(ErrorCode.MESSAGE_UNAVAILABLE, "the reply's content is not there")
     return make_message(header.metadata, error=error)
-
-
-def _retry_busy(action: Callable[[], T]) -> T:
-    """Do something with the database that the other process may be writing to."""
-    for wait in _BUSY_WAITS:
-        try:
-            return action()
-        except OperationalError as error:
-            _LOG.info("Flower's database is busy: %s", type(error.orig).__name__)
-            time.sleep(wait)
-    return action()

@@ -168,13 +168,24 @@ def test_a_sum_of_another_size_is_refused(desk, total):
     assert code in {SiteCode.PROTOCOL_ABORTED, SiteCode.TRAINING_FAILED}
 
 
-@pytest.mark.parametrize("part", ["plan", "adapter", "layout", "sum", "cohort", "attempt"])
+@pytest.mark.parametrize("part", ["plan", "layout", "sum", "cohort", "attempt"])
 def test_a_task_without_one_of_its_parts_is_refused(desk, part):
     desk.round(1)
     parts = desk.task_parts()
     del parts[part]
     code, answer = desk.ask("task", SECOND, 0, parts)
     assert (code, answer.parts) == (SiteCode.PROTOCOL_ABORTED, {})
+
+
+def test_a_task_without_an_adapter_is_for_who_can_make_it_from_the_sum(desk):
+    desk.round(1)
+    parts = desk.task_parts()
+    del parts["adapter"]
+    desk.agents[1]._memory._task_file(RUN).unlink()  # a disk that lost it
+    assert desk.ask("task", SECOND, 1, parts)[0] is SiteCode.PROTOCOL_ABORTED
+    assert desk.ask("task", SECOND, 0, parts)[0] is SiteCode.READY
+    assert desk.trainers[0].requests[-1].adapter == desk.adapter
+    assert desk.task(Attempt(run=RUN, round=2, attempt=2), 1) is SiteCode.READY, "told in full"
 
 
 def test_a_changed_plan_is_refused_within_a_run(desk):

@@ -117,6 +117,37 @@ def test_every_round_is_committed_once_and_the_adapter_follows_from_the_sums(mak
     assert np.array_equal(vector_of(adapter, LAYOUT), vector)
 
 
+def tasks(rig: Rig) -> dict[tuple[int, int, int], set[str]]:
+    """Round, attempt and site of each task that was sent, with the names of its parts."""
+    sent = [m for m in rig.seen if m.metadata.message_type == "train"]
+    asked = [m.content for m in sent if m.metadata.dst_node_id in rig.nodes.values()]
+    letters = [open_letter(c, rig.desk.identity.public_key, "coordinator") for c in asked]
+    return {(t.attempt.round, t.attempt.attempt, t.site): set(t.parts) for t in letters}
+
+
+def test_who_has_the_last_adapter_is_sent_the_sum_alone(make_rig):
+    rig = make_rig()
+    rig.run()
+    told = {"plan", "layout"}, {"sum", "cohort", "attempt"}
+    for (number, _, _), parts in tasks(rig).items():
+        assert parts == (told[0] | {"adapter"} if number == 1 else told[0] | told[1])
+
+
+def test_a_site_that_lost_the_last_adapter_is_sent_it_in_the_next_attempt(make_rig):
+    rig = make_rig(sites=3)
+
+    def lose(attempt: Attempt, phase: Phase, site: int, facts: object) -> None:
+        if (attempt.round, phase) == (1, Phase.COMMITTED):
+            rig.desk.files[2][1]._task_file(RUN).unlink()
+
+    rig.run(observer=lose)
+    assert rig.cohorts == [[0, 1, 2]] * 3
+    sent = tasks(rig)
+    assert [a for n, a, s in sent if n == 2 and s == 2] == [1, 2]
+    assert all("adapter" in sent[2, 2, site] for site in range(3))
+    assert "adapter" not in sent[3, 1, 2]
+
+
 def test_the_phases_of_a_round_come_in_their_order(make_rig):
     rig = make_rig()
     rig.run()

@@ -28,6 +28,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from sqlalchemy import text
 
 from fedward.client import fleet
 from fedward.client.fleet import Office, stay_connected
@@ -174,6 +175,12 @@ def test_grids_side_by_side_each_get_their_own_replies(house):
         one.close()  # ends its own run alone
         (reply,) = two.send_and_receive([letter(two, house.nodes[0], b"gh")], timeout=30)
         assert data_of(reply) == b"hg"
+
+
+def test_pieces_of_an_adapter_are_not_each_copied_from_the_log_into_the_file(house):
+    with house.state.session() as session:
+        assert session.execute(text("PRAGMA wal_autocheckpoint")).scalar() == 1 << 16
+        assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
 
 
 def test_an_error_of_a_site_is_a_fixed_code(house, caplog):
