@@ -21,7 +21,7 @@ from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.tally import Tally
 from fedward.attempt import Attempt
-from fedward.client.data_sources import load_source
+from fedward.client.approval import source_reasons
 from fedward.client.enrol import own_membership, pinned_roster
 from fedward.client.policy import load_policy
 from fedward.client.site_folder import SiteFolder
@@ -127,10 +127,7 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
     return DryRun(
         plan=plan.hash().hex(),
         dataset=dataset,
-        refused=(
-            *policy.reasons(plan),
-            *policy.source_reasons(plan, load_source(folder, dataset)),
-        ),
+        refused=(*policy.reasons(plan), *source_reasons(folder, plan, policy, dataset)),
         bytes_out=_letters(plan, roster, own_membership(folder, roster).id) + words,
         update_bytes=words,
         epsilon_round=epsilon(events, policy.delta),
