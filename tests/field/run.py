@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from fedward.server.control_client import open_control
+from fedward.server.start import prepare_start
 from tests.field import faults, leaks, scene
 from tests.field.machines import CONSOLE, Field, a_field
 from tests.field.wires import enter_namespace
@@ -46,9 +48,11 @@ def start(field: Field, base: Path) -> None:
     plan = scene.write_plan(scene.make_plan(base), field.root / "plan.toml")
     root = str(field.coordinator.root)
     words = ["run", "start", str(plan), "--name", scene.RUN, "--coordinator", root]
-    for _ in range(2):  # idempotent
-        shown = json.loads(field.command("coordinator", *words, "--json"))
-        assert (shown["name"], shown["rounds"]) == (scene.RUN, scene.ROUNDS)
+    shown = json.loads(field.command("coordinator", *words, "--json"))
+    assert (shown["name"], shown["rounds"]) == (scene.RUN, scene.ROUNDS)
+    with open_control(field.coordinator) as control:  # the same again changes nothing
+        again = control.start(scene.RUN, *prepare_start(scene.make_plan(base)))
+    assert again["plan_hash"] == shown["plan_hash"]
 
 
 def main() -> int:
