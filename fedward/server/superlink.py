@@ -49,7 +49,7 @@ from google.protobuf.message import DecodeError
 from sqlalchemy.exc import OperationalError
 
 from fedward.errors import IdentityError, RoundError
-from fedward.server.database import checkpoint_seldom, retry_busy
+from fedward.server.database import expect_large_pieces, retry_busy
 from fedward.server.enrolment import AsgiApp
 
 _LOG = logging.getLogger(__name__)
@@ -89,14 +89,14 @@ def flower_app(database: Path) -> AsgiApp:
         isolation="process",
         runtime_dependency_install=False,
     )
-    checkpoint_seldom()
+    expect_large_pieces()
     with _only_one(database):
         return create_app(config, SuperLinkLifespan)
 
 
 def open_state(database: Path) -> LinkState:
     """Open, or make, Flower's database."""
-    checkpoint_seldom()
+    expect_large_pieces()
     manager = get_federation_manager(is_simulation=False)
     with _only_one(database):
         _, factory = get_objectstore_linkstate_factories(str(database), manager)

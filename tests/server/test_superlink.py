@@ -177,9 +177,10 @@ def test_grids_side_by_side_each_get_their_own_replies(house):
         assert data_of(reply) == b"hg"
 
 
-def test_pieces_of_an_adapter_are_not_each_copied_from_the_log_into_the_file(house):
+def test_pieces_of_an_adapter_are_neither_copied_into_the_file_at_once_nor_wiped(house):
     with house.state.session() as session:
         assert session.execute(text("PRAGMA wal_autocheckpoint")).scalar() == 1 << 16
+        assert session.execute(text("PRAGMA secure_delete")).scalar() == 0
         assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
 
 
