@@ -67,9 +67,7 @@ def predict(
         task = progress.add_task("predict", total=len(rows), completed=done)
         for first in range(done, len(rows), batch_size):
             batch = rows[first : first + batch_size]
-            texts = [
-                _text(row.get(found), tokenizer, kind, first + i) for i, row in enumerate(batch)
-            ]
+            texts = [_text(row.get(found), tokenizer, kind, place) for row, place in batch]
             said = _say(loaded, tokenizer, kind, texts, max_new_tokens)
             for (row, _), result in zip(batch, said, strict=True):
                 file.write(json.dumps({**row, RESULT: result}, ensure_ascii=False) + "\n")

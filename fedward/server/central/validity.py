@@ -22,6 +22,8 @@ def refusal(stage: Stage, method: str, base: Base) -> str | None:
         return "qlora is LoRA over an NF4 base: set quantize = 'nf4', or use lora"
     if method == "pissa" and base != "none":
         return "its start takes the base's weights apart, which a quantised base has only rounded"
+    if method == "dora" and base == "int8":
+        return "bitsandbytes gives DoRA no int8 weight to read on a CPU: use quantize = 'nf4'"
     if METHODS[method].prompts and stage == "distill":
         return "the distillation loss calls the model below the trained vectors"
     if stage == "orpo" and method in ("prompt", "p-tuning"):

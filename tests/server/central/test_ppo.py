@@ -71,21 +71,22 @@ def trainer(tmp_path_factory):
     return build(step, base, folder / "checkpoints")
 
 
+@pytest.fixture(scope="module")
+def batch(trainer):
+    trainer.model.train()
+    rows = [dict(row) for row in trainer.train_dataset for _ in range(2)][:4]
+    seen = dict[str, Tensor]()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def score(self: Any, *_: Any) -> Tensor:
+            seen["rewards"] = torch.tensor([[1.0], [0.0], [float("nan")], [2.0]])
+            return seen["rewards"]
+
+        patch.setattr(GRPOTrainer, "_calculate_rewards", score)
+        return trainer._generate_and_score_completions(rows)
+
+
 class TestTheTrainer:
-    @pytest.fixture(scope="class")
-    def batch(self, trainer):
-        trainer.model.train()
-        rows = [dict(row) for row in trainer.train_dataset for _ in range(2)][:4]
-        seen = dict[str, Tensor]()
-        with pytest.MonkeyPatch.context() as patch:
-
-            def score(self: Any, *_: Any) -> Tensor:
-                seen["rewards"] = torch.tensor([[1.0], [0.0], [float("nan")], [2.0]])
-                return seen["rewards"]
-
-            patch.setattr(GRPOTrainer, "_calculate_rewards", score)
-            return trainer._generate_and_score_completions(rows)
-
     def test_each_token_has_an_advantage_a_value_and_a_return(self, batch):
         shape = batch["completion_ids"].shape
         for key in ("advantages", "values", "returns", "scored"):
