@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ _STAGES = {
 }
 """The last event of a stage, and its name."""
 
-Round = Mapping[str, float]
+Round = dict[str, float]
 """Seconds by stage of one round, and ``all``."""
 
 

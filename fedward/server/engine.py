@@ -81,8 +81,8 @@ class Engine:
         with ThreadPoolExecutor(self._at_once, thread_name_prefix="run") as threads:
             try:
                 while not self._stop.is_set():
-                    for name in [name for name, work in running.items() if work.done()]:
-                        running.pop(name).result()
+                    for done in [name for name, work in running.items() if work.done()]:
+                        running.pop(done).result()
                     self._beat(None, f"{len(running)} runs are open")
                     free = len(running) < self._at_once
                     name = self._book.next(besides=running) if free else None

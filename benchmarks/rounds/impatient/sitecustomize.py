@@ -4,14 +4,15 @@ Stock Flower sleeps 3 s between two looks for a message and 0.5 s between two fo
 """
 
 import time
+from typing import SupportsIndex
 
 LONGEST = 0.1
 
 _sleep = time.sleep
 
 
-def _impatient(seconds: float, /) -> None:
-    _sleep(min(seconds, LONGEST))
+def _impatient(seconds: float | SupportsIndex, /) -> None:
+    _sleep(min(float(seconds), LONGEST))
 
 
 time.sleep = _impatient
