@@ -19,7 +19,7 @@ from fedward.enrolment import (
 )
 from fedward.errors import ConfigurationError, IdentityError, Unreachable
 from fedward.identity import Member, Roster, open_roster
-from fedward.private_files import write_private
+from fedward.private_files import remove_durably, write_private
 
 _SECONDS = 30.0
 _ALL_SECONDS = 120.0
@@ -197,8 +197,9 @@ def leave(folder: SiteFolder, *, tell: bool = True) -> None:
     with folder.alone():
         if tell and folder.ca.exists():
             _ask(folder, LEAVE_PATH)
-        approvals = folder.approvals.iterdir()
-        for path in (*approvals, folder.pending_roster, folder.roster, folder.node, folder.ca):
+        for path in folder.approvals.iterdir():
+            remove_durably(path)  # they must not come back for another coordinator
+        for path in (folder.pending_roster, folder.roster, folder.node, folder.ca):
             path.unlink(missing_ok=True)
         folder.write_config(dataclasses.replace(config, address=None, coordinator=None))
 
