@@ -257,7 +257,7 @@ def unknown(what: str, name: str, known: Collection[str]) -> str:
     "unknown method 'loro'; did you mean 'lora'?"
     """
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known {what}s: {', '.join(known) or 'none'}"
     return f"unknown {what} {name!r}; {hint}"
 
 

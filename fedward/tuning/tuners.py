@@ -5,11 +5,9 @@ order of their names.
 """
 
 import copy
-import difflib
 import math
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -18,18 +16,12 @@ from transformers import PreTrainedModel
 
 from fedward.errors import ConfigurationError, InvalidValue
 from fedward.plan import Plan
+from fedward.tuning.methods import FOLLOWS, peft_config, unknown, without_peft_noise
 from fedward.tuning.models import public_uniform
 
 _OURS = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
+    *FOLLOWS,
     "init_lora_weights",  # some change the base, others need data; ours starts alike everywhere
-    "peft_type",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "task_type",
 )
 """Fields of PEFT that follow from the rest of the plan."""
 
@@ -80,9 +72,7 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
     """
     configuration, outer = _configuration(plan), _outer_layers(base)
     try:
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers 5.23 by the old name.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        with without_peft_noise():
             if plan.model.gradient_checkpointing:
                 base.activation_checkpointing_enable({"use_reentrant": False})
             model = get_peft_model(base, configuration)
@@ -107,18 +97,11 @@ def _configuration(plan: Plan) -> LoraConfig:
         if key in _OURS:
             raise ConfigurationError(f"[tuner] {key!r} follows from the plan: leave it out")
         if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_KEYS)}"
-            raise ConfigurationError(f"[tuner] unknown key {key!r}; {hint}")
+            raise ConfigurationError(f"[tuner] {unknown('key', key, _KEYS)}")
     _check_values(given, plan)
-    if "target_parameters" not in given:
-        given.setdefault("target_modules", "all-linear")
     classify = plan.task.objective == "classify"
     task = TaskType.SEQ_CLS if classify else TaskType.CAUSAL_LM
-    try:
-        return LoraConfig(task_type=task, **given)
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"[tuner] PEFT refuses it: {error}") from error
+    return cast("LoraConfig", peft_config(plan.tuner.method, given, task))
 
 
 def _check_values(given: Mapping[str, Any], plan: Plan) -> None:

@@ -71,7 +71,7 @@ def test_full_has_no_configuration():
         ("lora", {"loraplus_lr_ratio": 4.0}, "unknown key"),
         ("dora", {"use_dora": False}, "leave it out"),
         ("adalora", {"r": 4}, "leave it out"),
-        ("full", {"r": 4}, "known: none"),
+        ("full", {"r": 4}, "known keys: none"),
     ],
 )
 def test_what_a_method_does_not_have_is_refused(method, arguments, message):
