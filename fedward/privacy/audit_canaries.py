@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scipy import optimize, stats  # type: ignore[import-untyped]  # no py.typed
 
 from fedward.errors import InvalidValue
+from fedward.privacy.audit_bound import REFUTING
 
 Scores = npt.NDArray[np.float64]
 Included = npt.NDArray[np.bool_]
@@ -34,6 +35,7 @@ class CanaryBound:
     Args:
         claim: Epsilon that the accountant claims for the run.
         lower: Epsilon that the run has at least, at the confidence.
+        surely: The same at :data:`REFUTING` of the error; it alone refutes the claim.
         canaries: How many there were, in or out.
         included: How many were in.
         guesses: How many were guessed for ``lower``.
@@ -47,6 +49,7 @@ class CanaryBound:
 
     claim: float
     lower: float
+    surely: float
     canaries: int
     included: int
     guesses: int
@@ -59,7 +62,7 @@ class CanaryBound:
     @property
     def holds(self) -> bool:
         """Whether nothing contradicts the claim."""
-        return self.lower <= self.claim
+        return self.surely <= self.claim
 
 
 def judge_canaries(
@@ -82,16 +85,20 @@ def judge_canaries(
         raise InvalidValue("canaries", count, "at least 20, some in and some out")
     order = np.argsort(scores, kind="stable")
     error = (1 - confidence) / len(_SHARES)  # each share is a test of its own
-    tests: list[tuple[float, int, int]] = []
+    tests: list[tuple[float, float, int, int]] = []
     for share in _SHARES:
         half = round(share * count / 2)
         right = int(included[order[-half:]].sum() + (~included[order[:half]]).sum())
-        lower = one_run_bound(count, 2 * half, right, delta=delta, confidence=1 - error)
-        tests.append((lower, 2 * half, right))
-    lower, guesses, right = max(tests)
+        lower, surely = (
+            one_run_bound(count, 2 * half, right, delta=delta, confidence=1 - part * error)
+            for part in (1, REFUTING)
+        )
+        tests.append((lower, surely, 2 * half, right))
+    lower, _, guesses, right = max(tests)
     return CanaryBound(
         claim=claim,
         lower=lower,
+        surely=max(surely for _, surely, _, _ in tests),
         canaries=count,
         included=int(included.sum()),
         guesses=guesses,

@@ -48,7 +48,7 @@ def attack(
     records: Records,
     *,
     stream: SecureStream,
-    members: int = 60,
+    members: int = 30,
     references: int = 2,
     patients: int = 20,
     progress: Progress = lambda _: None,

@@ -22,7 +22,7 @@ from fedward.simulations.audit_report import AuditReport, render_table, write_au
 from fedward.simulations.audit_rig import real_rig, rig_pairs, shake, tiny_rig
 from fedward.simulations.audit_training import audit_training
 from fedward.simulations.demo import prepare_demo
-from fedward.tuning.records import read_records
+from fedward.tuning.records import Records, merge, read_records
 
 _STEPS = 100
 """Most steps of the canary run on a tiny model, unless asked for more."""
@@ -172,11 +172,28 @@ def _rounds(plan: Plan, options: AuditOptions) -> int:
 
 def _attacks(plan: Plan, stream: SecureStream, show: Callable[[str], None]) -> Attacks:
     demo, data, _ = prepare_demo(0, Console(quiet=True))
-    # What protects is the plan's. A long training on few patients, so that without protection there
-    # is something to find; the noise grows with it, to the same epsilon.
+    # What protects is the plan's. A long training on few records, whose classes are drawn so that
+    # whoever knows one has seen it: without protection there is something to find, and the noise
+    # grows with the steps, to the same epsilon.
     rounds = dataclasses.replace(
-        demo.rounds, count=40, spare=0, steps=10, sampling_rate=0.25, normaliser=15.0
+        demo.rounds,
+        count=16,
+        spare=0,
+        steps=10,
+        sampling_rate=0.25,
+        normaliser=7.5,
+        learning_rate=0.008,
     )
     demo = dataclasses.replace(demo, privacy=plan.privacy, rounds=rounds)
     records = read_records(data / "train.jsonl", demo)
-    return attack(demo, records, stream=stream.child("attacks"), progress=show)
+    label, classes = demo.data.label, demo.task.labels
+    drawn = stream.child("classes").integers(len(records.rows), len(classes))
+    own = (unit[: plan.privacy.records_per_unit] for unit in records.units)
+    kept = [
+        Records(
+            rows=tuple({**records.rows[n], label: classes[drawn[n]]} for n in unit),
+            units=(tuple(range(len(unit))),),
+        )
+        for unit in own
+    ]
+    return attack(demo, merge(kept), stream=stream.child("attacks"), progress=show)

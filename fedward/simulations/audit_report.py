@@ -122,11 +122,17 @@ def _release(bound: ReleaseBound) -> Finding:
     return Finding(
         name=f"B: epsilon of one step, {drawn}, {others}",
         claimed=f"at most {bound.claim:.2f}",
-        found=f"at least {bound.lower:.2f}",
+        found=_at_least(bound),
         holds=bound.holds,
         meaning=f"An attacker who knows everything but one unit, and sees {bound.releases} steps "
         f"with and without it, proves no more than this of the epsilon that is claimed.{again}",
     )
+
+
+def _at_least(bound: ReleaseBound | CanaryBound) -> str:
+    """The bound, and where luck put it above the claim the surer one, which decides."""
+    surely = f", surely {bound.surely:.2f}" if bound.lower > bound.claim else ""
+    return f"at least {bound.lower:.2f}{surely}"
 
 
 def _canaries(seen: CanaryBound, control: CanaryBound) -> list[Finding]:
@@ -134,7 +140,7 @@ def _canaries(seen: CanaryBound, control: CanaryBound) -> list[Finding]:
         Finding(
             name="C: epsilon of the whole training",
             claimed=f"at most {seen.claim:.2f}",
-            found=f"at least {seen.lower:.2f}",
+            found=_at_least(seen),
             holds=seen.holds,
             meaning=f"Somebody who watches every step guessed {seen.right} of {seen.guesses} "
             f"planted records right; without noise the same attack guesses {control.right} of "
