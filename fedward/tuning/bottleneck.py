@@ -56,7 +56,7 @@ class Bottleneck(nn.Module, LoraLayer):
             if name not in self.lora_A:
                 continue
             down, up = self.lora_A[name], self.lora_B[name]
-            inner = gelu(down(self.lora_dropout[name](y.to(down.weight.dtype))))
+            inner = gelu(down(self.lora_dropout[name](y.to(cast("Tensor", down.weight).dtype))))
             out = out + (self.scaling[name] * up(inner)).to(y.dtype)
         return out
 

@@ -120,7 +120,7 @@ class TestBottleneck:
     @pytest.mark.parametrize("quantize", ["none", "nf4"])
     def test_it_computes_what_it_says(self, models, quantize):
         model = attached(models["llama"], "pfeiffer", quantize, r=4)
-        layer = next(m for m in model.modules() if isinstance(m, Bottleneck))
+        layer: Any = next(m for m in model.modules() if isinstance(m, Bottleneck))
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         with torch.no_grad():
             up.normal_()

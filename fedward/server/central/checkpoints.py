@@ -133,7 +133,7 @@ def _adalora(model: nn.Module) -> tuple[Any, Any]:
     """AdaLoRA's configuration and rank allocator, or two None."""
     inner = model.base_model if isinstance(model, PeftModel) else None
     allocator = None if inner is None else vars(inner).get("rankallocator")
-    return (None, None) if allocator is None else (model.peft_config["default"], allocator)  # type: ignore[union-attr,index]  # PEFT's
+    return (None, None) if allocator is None else (model.peft_config["default"], allocator)  # type: ignore[index]  # PEFT's
 
 
 def _sharded(trainer: Any) -> bool:  # noqa: ANN401  # TRL's trainer

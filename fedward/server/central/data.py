@@ -103,7 +103,7 @@ def columns_table() -> str:
 
 def _value(value: object, column: str, where: str) -> Any:  # noqa: ANN401  # text, messages, truth
     if column == "label":
-        found = _TRUTH.get(value.lower() if isinstance(value, str) else value)  # type: ignore[call-overload]  # any key
+        found = _TRUTH.get(value.lower() if isinstance(value, str) else value)
         if found is None:
             raise DataError(f"{where}: column 'label' must hold true or false")
         return found

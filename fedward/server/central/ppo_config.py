@@ -33,7 +33,7 @@ class PPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # theirs
         if self.num_iterations < 2:
             raise ValueError("num_iterations: expected 2 or more, or nothing is there to clip")
         for name in ("discount", "gae_lambda"):

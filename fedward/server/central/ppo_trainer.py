@@ -53,10 +53,10 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the mask, 0 elsewhere."""
     count = mask.sum().clamp(min=1)
     centred = (x - (x * mask).sum() / count) * mask
-    return cast("Tensor", centred / (centred.square().sum() / count).sqrt().clamp(min=1e-6))
+    return centred / (centred.square().sum() / count).sqrt().clamp(min=1e-6)
 
 
-class PPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's classes are Any
+class PPOTrainer(GRPOTrainer):
     """TRL's GRPO trainer with a critic.
 
     Args:
@@ -113,7 +113,7 @@ class PPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's classes are Any
     def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         beta, self.beta = self.beta, 0.0  # the divergence is in the reward
         try:
-            loss = cast("Tensor", super()._compute_loss(model, inputs))
+            loss: Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
         finally:
             self.beta = beta
         value, old, mask = self._values(inputs).float(), inputs["values"], inputs["scored"]
@@ -123,10 +123,11 @@ class PPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's classes are Any
             (value - inputs["returns"]).square(), (clipped - inputs["returns"]).square()
         )
         value_loss = (error * mask).sum() / mask.sum().clamp(min=1)
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if cast("nn.Module", self.model).training else "eval"
         self._metrics[mode]["value_loss"].append(value_loss.item())
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-        return loss + self.settings.value_weight * value_loss / steps
+        total: Tensor = loss + self.settings.value_weight * value_loss / steps
+        return total
 
     def _values(self, batch: Mapping[str, Any]) -> Tensor:
         """What the critic expects before each token of the completions, shape (batch, seq)."""

@@ -61,7 +61,8 @@ def build(
     task = TaskType.SEQ_CLS if step.stage == "reward" else TaskType.CAUSAL_LM
     config = peft_config(step.tuner.method, step.tuner.arguments, task, steps=steps)
     transformers.set_seed(step.seed)
-    model, tokenizer = open_base(start, step.model, kind_of(step))
+    base, tokenizer = open_base(start, step.model, kind_of(step))
+    model: Any = base
     given = _extra(step, start, judge, teacher)
     watching = [*callbacks]
     if step.stop is not None:
@@ -172,5 +173,5 @@ class _Allocate(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ANN401  # theirs
         """Score and prune after the update, while the gradients are there."""
         model = given["model"]
-        inner = model if isinstance(model, PeftModel) else model.module
+        inner: Any = model if isinstance(model, PeftModel) else model.module
         inner.base_model.update_and_allocate(state.global_step + 1)

@@ -72,7 +72,7 @@ def make(folder: Path, stage: Any, base: Any, rows: Any, test: Any, **train: Any
         name=stage,
         stage=stage,
         model=Model(path=str(base)),
-        data=Data(train=str(data), evaluation=held_out and str(held_out)),
+        data=Data(train=str(data), evaluation=str(held_out) if held_out else None),
         tuner=Tuner(method="full"),
         train=Train(arguments=usual | train),
         reward=reward,

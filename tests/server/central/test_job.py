@@ -165,7 +165,7 @@ class TestRecords:
         step = make_step(Path("m"), folder, stage)
         path = write_rows(folder / "rows.jsonl", rows)
         step = dataclasses.replace(step, data=Data(train=str(path), columns=columns))
-        return read_dataset(path, step).to_list()
+        return list(read_dataset(path, step))
 
     @pytest.mark.parametrize("stage", STAGES)
     def test_each_stage_reads_its_columns(self, tmp_path, stage):

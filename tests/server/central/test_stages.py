@@ -63,7 +63,7 @@ def check_cell(base: Path, folder: Path, stage: str, method: str, quantize: str)
     """Train four steps; save, reload; go on from the second step in a new trainer."""
     train = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4}
     step = make_step(base, folder, stage, method, quantize=quantize, train=train)
-    teacher = base if stage == "distill" else None
+    teacher = build_base(folder / "teacher", seed=1) if stage == "distill" else None
 
     def new() -> Any:
         return build(step, base, folder / "checkpoints", teacher=teacher)
