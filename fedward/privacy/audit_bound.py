@@ -27,9 +27,9 @@ _CALL = 100  # steps of one call: a site trains in rounds, each with a stream of
 _LEARNED = 4  # one release in so many chooses how to attack
 _FEWEST = 40
 
-REFUTING = 1e-3
-"""Share of a bound's error that is left to refute a claim: a good bound lies so close below it that
-at 95 % one right engine in twenty would be refuted."""
+REFUTING = 0.999
+"""Least confidence at which a bound refutes a claim: a good bound lies so close below it that at
+95 % one right engine in twenty would be refuted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class ReleaseBound:
     Args:
         claim: Epsilon that the accountant claims for one step.
         lower: Epsilon that one step has at least, at the confidence; see :func:`lower_bound`.
-        surely: The same at :data:`REFUTING` of the error; it alone refutes the claim.
+        surely: The same at :data:`REFUTING` or more; it alone refutes the claim.
         sampling_rate: Rate at which the units were drawn.
         others: Units beside the one that made the difference.
         releases: Steps of each of the two neighbours.
@@ -96,10 +96,10 @@ def attack_releases(
         _scores(rows.double() * mechanism.normaliser / mechanism.clip, without, moved)
         for rows in (present, absent)
     ]
-    rate, error = mechanism.sampling_rate, 1 - confidence
+    rate = mechanism.sampling_rate
     lower, surely = (
-        lower_bound(*attacks, delta=delta, confidence=1 - share * error, rate=rate)
-        for share in (1, REFUTING)
+        lower_bound(*attacks, delta=delta, confidence=level, rate=rate)
+        for level in (confidence, max(confidence, REFUTING))
     )
     return ReleaseBound(
         claim=epsilon([mechanism.event(1)], delta),

@@ -35,7 +35,7 @@ class CanaryBound:
     Args:
         claim: Epsilon that the accountant claims for the run.
         lower: Epsilon that the run has at least, at the confidence.
-        surely: The same at :data:`REFUTING` of the error; it alone refutes the claim.
+        surely: The same at :data:`REFUTING` or more; it alone refutes the claim.
         canaries: How many there were, in or out.
         included: How many were in.
         guesses: How many were guessed for ``lower``.
@@ -84,14 +84,16 @@ def judge_canaries(
     if count < 20 or included.all() or not included.any():
         raise InvalidValue("canaries", count, "at least 20, some in and some out")
     order = np.argsort(scores, kind="stable")
-    error = (1 - confidence) / len(_SHARES)  # each share is a test of its own
+    levels = [  # each share is a test of its own
+        1 - (1 - level) / len(_SHARES) for level in (confidence, max(confidence, REFUTING))
+    ]
     tests: list[tuple[float, float, int, int]] = []
     for share in _SHARES:
         half = round(share * count / 2)
         right = int(included[order[-half:]].sum() + (~included[order[:half]]).sum())
         lower, surely = (
-            one_run_bound(count, 2 * half, right, delta=delta, confidence=1 - part * error)
-            for part in (1, REFUTING)
+            one_run_bound(count, 2 * half, right, delta=delta, confidence=each)
+            for each in levels
         )
         tests.append((lower, surely, 2 * half, right))
     lower, _, guesses, right = max(tests)

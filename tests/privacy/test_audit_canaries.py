@@ -93,6 +93,18 @@ def test_canaries_that_all_show_are_wholly_exposed_and_refute():
     assert found.roc == (1.0,) * 101
 
 
+def test_chance_at_95_percent_refutes_nothing():
+    """Only the surer bound does, and it is the one that a higher confidence gives."""
+    included = np.arange(400) % 2 == 0
+    given = {"scores": included + 0.0, "included": included, "delta": DELTA}
+    usual = judge_canaries(claim=2.0, confidence=0.95, **given)
+    sure = judge_canaries(claim=2.0, confidence=0.999, **given)
+    assert usual.surely == sure.surely == sure.lower < usual.lower
+    between = (usual.lower + usual.surely) / 2
+    assert judge_canaries(claim=between, confidence=0.95, **given).holds
+    assert not judge_canaries(claim=usual.surely - 0.01, confidence=0.95, **given).holds
+
+
 def test_area_is_mann_and_whitneys():
     generator = np.random.default_rng(2)
     positive = generator.integers(1, 10, 50).astype(np.float64)
