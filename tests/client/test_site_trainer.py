@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from fedward.attempt import Attempt
 from fedward.client import trainer_pb2 as wire
+from fedward.client.approval import approve
 from fedward.client.data_sources import Columns, load_source
 from fedward.client.policy import Policy
 from fedward.client.remote_trainer import RemoteTrainer, site_remote_trainer
@@ -250,6 +252,9 @@ def test_what_was_added_to_the_file_is_trained_on(base, tmp_path):
 def test_the_command_trains_as_a_child_of_the_agent(base, tmp_path):
     site, plan = make_site(tmp_path, base), tiny.make_plan(base)
     remote = site_remote_trainer(site, child=True)
+    with pytest.raises(PolicyRefusal, match="waits for approval"):
+        remote.prepare(asked(plan))
+    approve(site, plan, who="jo", now=datetime.now().astimezone())
     remote.prepare(asked(plan))
     assert np.isfinite(remote.train(asked(plan)).update).all()
     with pytest.raises(DataError):  # it keeps nobody apart
