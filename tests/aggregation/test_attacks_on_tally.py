@@ -290,9 +290,11 @@ def test_a_key_that_another_site_has_or_that_everybody_can_use(purpose):
         other = make_rig(4)
         other.add("R0", 2, signed_hello(other, honest))
         hello = wire.decode_hello(other.answer("R0", 3, other.tally.request()))
+        change: dict[str, Any] = {purpose: copied}
         with pytest.raises(SiteFault, match="site 3: one of its keys is in the cohort"):
-            other.tally.add_hello(3, signed_hello(other, hello._replace(**{purpose: copied})))
-    low = honest._replace(**{purpose: bytes(32)})
+            other.tally.add_hello(3, signed_hello(other, hello._replace(**change)))
+    change = {purpose: bytes(32)}
+    low = honest._replace(**change)
     with pytest.raises(SiteFault, match="site 2: its key is of low order"):
         rig.tally.add_hello(2, signed_hello(rig, low))
 
@@ -336,9 +338,8 @@ def test_answers_that_come_after_their_exchange():
             rig.add(stage, 2, rig.said[stage][2])
     rig.exchange("R4", messages)
     late = rig.answer("R4", 5, messages[5])
-    assert rig.tally.complete
-    rig.tally.result()
-    assert not rig.tally.complete
+    before, _, after = rig.tally.complete, rig.tally.result(), rig.tally.complete
+    assert (before, after) == (True, False)
     with pytest.raises(ProtocolError, match="R4 is not open"):
         rig.add("R4", 5, late)
 
