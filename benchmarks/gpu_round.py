@@ -100,8 +100,13 @@ def make_base(folder: Path, size: Size, device: str) -> Path:
         max_position_embeddings=size.length,
     )
     tokenizer = build_tokenizer(["patient note"], 300)
-    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    config.bos_token_id = None
+    config.update(
+        {
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        }
+    )
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
@@ -168,12 +173,13 @@ def federate(folder: Path, plan: Plan, size: Size, device: str) -> tuple[Report,
     federation = Federation(
         folder=folder, plan=plan, start=tuned.start, layout=tuned.layout, trainers=trainers
     )
-    cohort = list[int]()
+    cohort = list[Any]()
 
     def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
         print(f"  {phase.value}{'' if site < 0 else f' ({SITES[site]})'}", flush=True)
         if phase is Phase.COMMITTED and isinstance(facts, dict):
-            cohort.extend(facts["cohort"])
+            members = facts["cohort"]
+            cohort.extend(members if isinstance(members, list) else [])
 
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)

@@ -135,10 +135,10 @@ def state(control: Control, name: str) -> str:
 
 
 def test_two_runs_side_by_side_take_turns_at_the_same_sites(control, house):
-    names = ("left", "right")
+    names: Sequence[str] = ("left", "right")
     for name in names:
         start(control, name)
-    shown = dict.fromkeys(names, False)
+    shown: dict[str, bool] = dict.fromkeys(names, False)
 
     def both_ran() -> bool:
         runs = {name: control.call("Show", name) for name in names}
