@@ -270,7 +270,7 @@ class TestOneUnitDoesNotDecideOverAnother:
 
     def test_a_row_of_nobody_takes_nobody_along(self, tmp_path):
         named = {"patient": "None", "text": "t", "label": "surgery"}
-        rows = [named, {"patient": None, "text": None, "label": "surgery"}]
+        rows: list[dict[str, Any]] = [named, {"patient": None, "text": None, "label": "surgery"}]
         assert left_out(jsonl(tmp_path / "a.jsonl", rows)) == ["None"]
 
     def test_one_value_changes_no_other_s_type(self, tmp_path):
