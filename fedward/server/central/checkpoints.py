@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from trl.trainer.utils import RepeatSampler
 
 from fedward.errors import ConfigurationError
 from fedward.tuning.methods import without_peft_noise
@@ -47,12 +48,15 @@ def exact(cls: Any) -> Any:  # noqa: ANN401  # a trainer class of TRL, which is 
     class Exact(cls):  # type: ignore[misc]
         """The class with checkpoints of its own."""
 
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            return _by_epoch(super()._get_train_sampler(*args, **kwargs), self.args.seed)
+
         def save_model(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
             with without_peft_noise():
                 super().save_model(*args, **kwargs)
 
         def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
-            if self.args.should_save and not _sharded(self):
+            if self.args.should_save:
                 place = f"checkpoint-{self.state.global_step}"
                 folder = Path(self._get_output_dir(trial=trial)) / place
                 folder.mkdir(parents=True, exist_ok=True)
@@ -60,22 +64,49 @@ def exact(cls: Any) -> Any:  # noqa: ANN401  # a trainer class of TRL, which is 
             super()._save_checkpoint(model, trial)
 
         def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-            if not isinstance(self.model, PeftModel) or _sharded(self):
+            if _left_to_transformers(self):
                 super()._load_from_checkpoint(checkpoint, model)
-            if not _sharded(self):
-                restore(self, Path(checkpoint))
+            restore(self, Path(checkpoint))
 
         def _load_best_model(self) -> None:
-            if not isinstance(self.model, PeftModel) or _sharded(self):
+            if _left_to_transformers(self):
                 super()._load_best_model()
-            if not _sharded(self):
-                restore(self, Path(self.state.best_model_checkpoint))
+            restore(self, Path(self.state.best_model_checkpoint))
 
     return Exact
 
 
+class _EpochSampler(RepeatSampler):  # type: ignore[misc]
+    """TRL's sampler, whose order of an epoch depends on the epoch alone.
+
+    TRL's own goes on with one generator, so that a training resumed after its first epoch would
+    see the prompts in another order.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before every epoch."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+def _by_epoch(sampler: Any, seed: int) -> Any:  # noqa: ANN401  # torch's
+    """TRL's sampler of prompts as one whose order follows from the epoch; any other as it is."""
+    if not isinstance(sampler, RepeatSampler):
+        return sampler
+    return _EpochSampler(
+        sampler.data_source,
+        sampler.mini_repeat_count,
+        batch_size=sampler.batch_size,
+        repeat_count=sampler.repeat_count,
+        shuffle=sampler.shuffle,
+        seed=seed,
+    )
+
+
 def training_state(trainer: Any) -> dict[str, Tensor]:  # noqa: ANN401  # TRL's trainer
     """What a trainer trains beyond what transformers saves, by name."""
+    if _sharded(trainer):
+        return {}
     state = {key: p.detach().cpu().contiguous() for key, p in _parameters(trainer).items()}
     config, allocator = _adalora(trainer.model)
     if allocator is not None:
@@ -93,6 +124,8 @@ def restore(trainer: Any, folder: Path) -> None:  # noqa: ANN401  # TRL's traine
     Raises:
         ConfigurationError: The checkpoint is broken or of another model.
     """
+    if _sharded(trainer):
+        return
     try:
         state = load_file(folder / _FILE)
     except (OSError, SafetensorError) as error:
@@ -134,6 +167,10 @@ def _adalora(model: nn.Module) -> tuple[Any, Any]:
     inner = model.base_model if isinstance(model, PeftModel) else None
     allocator = None if inner is None else vars(inner).get("rankallocator")
     return (None, None) if allocator is None else (model.peft_config["default"], allocator)  # type: ignore[index]  # PEFT's
+
+
+def _left_to_transformers(trainer: Any) -> bool:  # noqa: ANN401  # TRL's trainer
+    return not isinstance(trainer.model, PeftModel) or _sharded(trainer)
 
 
 def _sharded(trainer: Any) -> bool:  # noqa: ANN401  # TRL's trainer

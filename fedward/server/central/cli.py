@@ -1,6 +1,7 @@
 """``fedward train`` and ``fedward predict``."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,6 @@ def train(
 
     from fedward.server.central.data import columns_table
     from fedward.server.central.job import load_job
-    from fedward.server.central.running import run_job
     from fedward.server.central.validity import tuners_table
 
     if tuners:
@@ -48,6 +48,10 @@ def train(
         raise ConfigurationError("name a JOB, a TOML file; --tuners shows what it may say")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs; ours shows the whole job
     no_bars_of_datasets()
+    if find_spec("trl") is None:
+        raise ConfigurationError("fedward train needs TRL: pip install 'fedward[central]'")
+    from fedward.server.central.running import run_job
+
     read = load_job(job)
     console = Console(stderr=json_output, quiet=json_output)
     reports = run_job(read, out or Path("out") / read.name, console, resume=resume)

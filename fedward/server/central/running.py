@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -68,8 +69,9 @@ def _run(step: Step, out: Path, console: Console, *, resume: bool) -> Report:
     folder = out / step.name
     start, judge, teacher = _models(step, out)
     made_from = _made_from(step, [path for path in (start, judge, teacher) if path is not None])
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
+    processes = PartialState(cpu=not torch.cuda.is_available())  # or torchrun's are not seen there
+    with processes.main_process_first():
+        if processes.is_main_process:
             _claim(folder, made_from, resume=resume)
         report = folder / "report.json"
         if report.exists():

@@ -52,19 +52,9 @@ _REPORTS = ("none", "tensorboard", "mlflow")
 
 
 def load_class(stage: Stage, which: Literal["config", "trainer"]) -> Any:  # noqa: ANN401  # TRL's
-    """The configuration or trainer class of a stage; TRL takes seconds to import.
-
-    Raises:
-        ConfigurationError: TRL is not installed.
-    """
+    """The configuration or trainer class of a stage; TRL takes seconds to import."""
     module, _, name = CLASSES[stage].partition(":")
-    try:
-        return vars(importlib.import_module(f"{module}_{which}"))[name + which.capitalize()]
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"the stage {stage!r} needs TRL, and {error.name!r} is not installed: "
-            "pip install 'fedward[central]'"
-        ) from error
+    return vars(importlib.import_module(f"{module}_{which}"))[name + which.capitalize()]
 
 
 def settings(step: Step, folder: Path) -> Any:  # noqa: ANN401  # TRL's class of the stage

@@ -1,7 +1,7 @@
 """That training works: preferences are learned and rewards are raised, where anybody can check.
 
-The rule: a good answer names the sign that the question asks about. The start has seen questions
-and answers without the rule, so that it is at chance.
+The rule: a good answer names one of three signs. The start answers with any of eight, whatever is
+asked, so that it is at chance. Questions and pairs of answers that are held out are never trained.
 """
 
 import itertools
@@ -23,26 +23,27 @@ from tests.server.central.rig import run, write_rows
 pytestmark = pytest.mark.slow
 
 SIGNS = ("cough", "fever", "rash", "pain", "nausea", "itch", "chills", "swelling")
+GOOD = 3
 PLACES = ("ward", "clinic", "home", "street", "bath", "garden", "school", "train")
 
 
-def questions(split: str) -> list[tuple[str, str]]:
-    """Question and sign; held-out questions join a place and a sign that training never joins."""
-    pairs = itertools.product(range(len(PLACES)), range(len(SIGNS)))
-    held_out = split == "test"
+def prompts(split: str) -> list[str]:
+    """Questions; held-out ones join a place and a sign that training never joins."""
     return [
-        (f"at the {PLACES[i]} sign {SIGNS[j]} ?", SIGNS[j])
-        for i, j in pairs
-        if ((i + j) % 4 == 0) == held_out
+        f"at the {place} after {sign} ?"
+        for (i, place), (j, sign) in itertools.product(enumerate(PLACES), enumerate(SIGNS))
+        if ((i + j) % 4 == 0) == (split == "test")
     ]
 
 
 def pairs(split: str) -> list[dict[str, Any]]:
+    """Preferences; the pairs of answers of one split are not those of the other."""
+    answers = list(itertools.product(SIGNS[:GOOD], SIGNS[GOOD:]))
+    own = [a for n, a in enumerate(answers) if (n % 4 == 0) == (split == "test")]
     return [
-        {"prompt": prompt, "chosen": f" {sign}", "rejected": f" {SIGNS[(k + 1 + n) % len(SIGNS)]}"}
-        for k, (prompt, sign) in enumerate(questions(split))
-        for n in range(2)
-        if SIGNS[(k + 1 + n) % len(SIGNS)] != sign
+        {"prompt": prompt, "chosen": f" {good}", "rejected": f" {bad}"}
+        for k, prompt in enumerate(prompts(split))
+        for good, bad in (own[k % len(own)], own[(k + 1) % len(own)])
     ]
 
 
@@ -50,15 +51,15 @@ def pairs(split: str) -> list[dict[str, Any]]:
 def start(tmp_path_factory):
     """A model that answers with any sign."""
     folder = tmp_path_factory.mktemp("goals")
-    texts = [f"{prompt} {sign}" for prompt, sign in questions("train") + questions("test")]
+    texts = [*prompts("train"), *prompts("test")]
     tokenizer = build_tokenizer(texts * 4, 400)
     base = build_llama(folder / "base", tokenizer, heads=4, layers=2, max_length=32)
     blind = [
         {"prompt": prompt, "completion": f" {sign}"}
-        for prompt, _ in questions("train")
+        for prompt in prompts("train")
         for sign in SIGNS
     ]
-    step = make(folder, "sft", base, blind, [], max_steps=150, learning_rate=3e-3)
+    step = make(folder, "sft", base, blind, [], max_steps=100, learning_rate=3e-3)
     run(step, out=folder / "start")
     return folder / "start" / "sft" / "model"
 
@@ -103,9 +104,9 @@ def preferred(folder: Path) -> float:
 @pytest.mark.parametrize(
     ("stage", "train"),
     [
-        ("dpo", {"learning_rate": 1e-3, "max_steps": 200}),
-        ("kto", {"learning_rate": 1e-3, "max_steps": 300}),
-        ("orpo", {"learning_rate": 1e-3, "max_steps": 200, "beta": 1.0}),
+        ("dpo", {"learning_rate": 1e-3, "max_steps": 60}),
+        ("kto", {"learning_rate": 1e-3, "max_steps": 100}),
+        ("orpo", {"learning_rate": 1e-3, "max_steps": 60, "beta": 1.0}),
     ],
 )
 def test_preferences_are_learned(start, tmp_path, stage, train, record_property):
@@ -125,7 +126,7 @@ def test_preferences_are_learned(start, tmp_path, stage, train, record_property)
 
 def test_a_reward_model_is_learned(start, tmp_path, record_property):
     step = make(
-        tmp_path, "reward", start, pairs("train"), pairs("test"), learning_rate=1e-3, max_steps=200
+        tmp_path, "reward", start, pairs("train"), pairs("test"), learning_rate=1e-3, max_steps=60
     )
     (report,) = run(step, out=tmp_path / "out")
     found = report["evaluation"]["eval_accuracy"]
@@ -142,18 +143,19 @@ def test_a_reward_model_is_learned(start, tmp_path, record_property):
     ],
 )
 def test_a_reward_is_raised(start, tmp_path, stage, train, record_property):
-    rows = [{"prompt": prompt, "sign": sign} for prompt, sign in questions("train")]
+    rows = [{"prompt": prompt} for prompt in prompts("train")]
     step = make(
         tmp_path,
         stage,
         start,
         rows,
         [],
-        reward=Reward(column="sign"),
-        max_completion_length=4,
+        reward=Reward(pattern="|".join(SIGNS[:GOOD])),
+        max_completion_length=3,
         num_generations=8,
-        max_steps=200,
+        max_steps=60,
         beta=0.001,
+        logging_steps=2,
         per_device_train_batch_size=64,
         **train,
     )

@@ -28,6 +28,7 @@ SAMPLE = [
     ("kto", "adalora", "none"),
     ("orpo", "houlsby", "nf4"),
     ("ppo", "lora", "none"),
+    ("distill", "lora", "none"),  # a step an epoch, as in no other
 ]
 GRID = [
     (stage, method, base)
