@@ -284,8 +284,10 @@ class Agent:
             first = last[0].round
             if attempt.order < last[0].order:
                 raise ProtocolError("this site has taken a newer task of the run")
-            if attempt.round == first and last[1] != letter.part("adapter"):
-                raise ProtocolError("the adapter changed between two attempts at one round")
+            if attempt.round == first:  # asked again, perhaps after a crash in the training
+                if letter.parts.get("adapter", last[1]) != last[1]:
+                    raise ProtocolError("the adapter changed between two attempts at one round")
+                return last[1]
             if attempt.round == first + 1:
                 return self._recompute(letter, plan, layout, *last)
         if attempt.round > first:

@@ -133,7 +133,8 @@ class Ledger(Books):
         """Hold the cost of one round before its data is touched; durable on return.
 
         An unsent reservation of the same round and session passes to this attempt; unsent ones of
-        earlier rounds are given back.
+        earlier rounds are given back. One that this attempt holds already serves again, as after a
+        crash in the training: nothing of it has left.
 
         Args:
             attempt: What it is held for.
@@ -143,6 +144,8 @@ class Ledger(Books):
             BudgetExceeded: Everything the run was admitted with is spent or held.
             LedgerError: Unknown or closed run, or the attempt is not newer than the last.
         """
+        if attempt.order in self._known(attempt.run).open:
+            return
         witness = {} if journal is None else {"journal": list(journal)}
         self._write(_entry("reserve", attempt) | witness)
 

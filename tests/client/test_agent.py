@@ -200,6 +200,19 @@ def test_another_run_must_fit_beside_the_first(desk):
     assert desk.task(Attempt(run="another", round=1), 0) is SiteCode.REFUSED_BUDGET
 
 
+def test_a_site_killed_in_its_training_needs_no_adapter_when_it_is_asked_again(desk):
+    desk.round(1)
+    second = Attempt(run=RUN, round=2)
+    parts = {name: part for name, part in desk.task_parts().items() if name != "adapter"}
+    for _ in range(2):
+        assert desk.ask("task", second, 0, parts)[0] is SiteCode.READY
+        desk.restart(0)
+    for site in range(SITES):
+        assert desk.task(second, site) is SiteCode.READY
+    desk.session(second)
+    assert desk.ledger(0).spent(RUN) == 2
+
+
 def test_another_adapter_for_a_second_attempt_is_refused(desk):
     assert desk.task(FIRST, 0) is SiteCode.READY
     bent = replace_vector(START, LAYOUT, np.ones(10, dtype=np.float32))

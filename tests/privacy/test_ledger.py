@@ -102,7 +102,17 @@ def test_a_later_round_gives_back_what_earlier_ones_did_not_send(ledger):
         ledger.mark_sent(at(1, session=1))
 
 
-@pytest.mark.parametrize("stale", [at(2, 2, 2), at(2, 2, 1), at(2, 1, 9), at(1, 9, 9)])
+def test_a_reservation_serves_again_until_it_is_sent(ledger):
+    ledger.reserve(at(2, 2, 2))
+    before = ledger.head
+    ledger.reserve(at(2, 2, 2))  # as after a crash in the training
+    assert (ledger.head, ledger.remaining("run")) == (before, 2)
+    ledger.mark_sent(at(2, 2, 2))
+    with pytest.raises(LedgerError, match="not newer"):
+        ledger.reserve(at(2, 2, 2))
+
+
+@pytest.mark.parametrize("stale", [at(2, 2, 1), at(2, 1, 9), at(1, 9, 9)])
 def test_stale_attempts_are_refused(ledger, stale):
     ledger.reserve(at(2, 2, 2))
     with pytest.raises(LedgerError, match="not newer"):
