@@ -76,7 +76,7 @@ def exact(cls: Any) -> Any:  # noqa: ANN401  # a trainer class of TRL, which is 
     return Exact
 
 
-class _EpochSampler(RepeatSampler):  # type: ignore[misc]
+class _EpochSampler(RepeatSampler):
     """TRL's sampler, whose order of an epoch depends on the epoch alone.
 
     TRL's own goes on with one generator, so that a training resumed after its first epoch would
@@ -86,7 +86,7 @@ class _EpochSampler(RepeatSampler):  # type: ignore[misc]
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate before every epoch."""
         if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
+            self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 def _by_epoch(sampler: Any, seed: int) -> Any:  # noqa: ANN401  # torch's
