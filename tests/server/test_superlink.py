@@ -270,11 +270,8 @@ def test_an_outsider_cannot_speak_for_a_node(house, tmp_path):
     assert not house.clients(0).PullMessages(request).messages_list  # the control
 
 
-def test_flower_lets_one_node_answer_for_another(house):
-    """Why every letter carries a signature of ours: this is Flower's gap, shown open.
-
-    Node b, authenticated as b, stores a reply in a's name. If this fails, Flower has closed it.
-    """
+def test_one_node_cannot_answer_for_another(house):
+    """Node b, authenticated as b, pushes a reply in a's name: Flower would take it."""
     with house.grid() as grid:
         for site in (0, 1):
             house.activate(site)
@@ -283,18 +280,24 @@ def test_flower_lets_one_node_answer_for_another(house):
         forged = Message(record(b"by b"), reply_to=message)
         forged.metadata.__dict__["_message_id"] = forged.object_id
         assert forged.metadata.src_node_id == house.nodes[0]
-        house.clients(1).PushMessages(
-            PushMessagesRequest(
-                node=Node(node_id=house.nodes[1]),
-                messages_list=[message_to_proto(remove_content_from_message(forged))],
-                message_object_trees=[get_object_tree(forged)],
-                clientapp_runtime_list=[0.0],
+
+        def push(site: int) -> None:
+            house.clients(site).PushMessages(
+                PushMessagesRequest(
+                    node=Node(node_id=house.nodes[site]),
+                    messages_list=[message_to_proto(remove_content_from_message(forged))],
+                    message_object_trees=[get_object_tree(forged)],
+                    clientapp_runtime_list=[0.0],
+                )
             )
-        )
+
+        with pytest.raises(httpx.HTTPStatusError, match="403"):
+            push(1)
         grid._look({number: grid._pending[number]})
-        reply = grid._pending[number].reply
-        assert reply is not None
-        assert reply.metadata.src_node_id == house.nodes[0]
+        assert grid._pending[number].reply is None
+        push(0)  # the control: the same words from a itself
+        grid._look({number: grid._pending[number]})
+        assert grid._pending[number].reply is not None
 
 
 def test_a_reply_of_garbage_is_an_error_not_a_crash(house):
