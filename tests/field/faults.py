@@ -140,8 +140,8 @@ def check_books(field: Field, name: str, number: int, cohorts: list[list[int]]) 
     # What was lost after it had left is spent, and a spare round pays for the update after it.
     assert sent == [*took_part, LOST_ROUND], f"{name} sent {sent}, was in the sums of {took_part}"
     key = site.identity().public_key
-    cap = scene.make_policy("").max_epsilon
-    spent = read_books(site.ledger, key, epsilon=cap, delta=scene.DELTA).epsilon_spent()
+    books = read_books(site.ledger, key, epsilon=scene.MAX_EPSILON, delta=scene.DELTA)
+    spent = books.epsilon_spent()
     assert 0 < spent <= scene.EPSILON
     assert verify_journal(site, key), f"{name} has an empty journal"
     return spent

@@ -16,6 +16,8 @@ PATIENTS = 24
 """Patients of each hospital that are trained on: the test is of the wire, not of the model."""
 
 EPSILON, DELTA = 8.0, 1e-5
+MAX_EPSILON = 5 * EPSILON
+"""The policies' cap, for the runs that look for leaks as well."""
 
 
 def secret(name: str, purpose: str) -> bytes:
@@ -109,7 +111,7 @@ def draws_of(site: Path) -> Path:
 def make_policy(digest: str) -> Policy:
     """A policy that allows every run of the test, and adopts what the coordinator signs."""
     return Policy(
-        max_epsilon=5 * EPSILON,
+        max_epsilon=MAX_EPSILON,
         delta=DELTA,
         max_rounds=ROUNDS + SPARE,
         models=(digest,),
