@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 600.0
 """How long to wait for anything, on however busy a machine."""
 
-AWAY_SECONDS = 60
+AWAY_SECONDS = 40
 """Longer than a busy machine takes to start an agent."""
 
 TRACED = scene.HOSPITALS[2]
