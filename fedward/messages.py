@@ -14,7 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_head_values_from_object_content,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from google.protobuf.message import DecodeError
 
 from fedward.attempt import Attempt
 from fedward.canonical import canonical_json
@@ -211,3 +217,39 @@ def _from_array(array: Array) -> bytes:
     if array.stype != "raw" or array.dtype != "uint8" or tuple(array.shape) != (len(array.data),):
         raise IdentityError("a letter's part is not a plain byte string")
     return bytes(array.data)
+
+
+_MALFORMED = (ArithmeticError, AssertionError, AttributeError, DecodeError, LookupError,
+              RuntimeError, TypeError, ValueError)  # fmt: skip
+"""What Flower raises when it reads bytes that somebody made up."""
+
+
+def inflate(number: str, contents: Mapping[str, bytes], most: int) -> Message | None:
+    """Put a Flower message together from its objects.
+
+    Args:
+        number: The message's id.
+        contents: Its objects by their ids, as they came.
+        most: Most bytes of its arrays: one may name the same piece many times, so that a small
+            message would fill the memory.
+
+    Returns:
+        A message with content; None where the objects are none, or make too large a message.
+    """
+    try:
+        if _inflated_size(contents) > most:
+            return None
+        message = inflate_object_from_contents(number, dict(contents))
+    except _MALFORMED:
+        return None
+    return message if isinstance(message, Message) and message.has_content() else None
+
+
+def _inflated_size(contents: Mapping[str, bytes]) -> int:
+    size = 0
+    for content in contents.values():
+        kind, children, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__qualname__:
+            pieces = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            size += sum(len(contents[children[piece]]) for piece in pieces)
+    return size

@@ -11,14 +11,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import Array, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -39,14 +39,11 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
-    get_object_body,
-    get_object_head_values_from_object_content,
     get_object_id,
     get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -54,6 +51,7 @@ from google.protobuf.message import DecodeError
 
 from fedward.client.codes import LIBRARY_ERRORS
 from fedward.errors import FedwardError, IdentityError, SiteCode
+from fedward.messages import inflate
 
 _LOG = logging.getLogger(__name__)
 
@@ -307,26 +305,10 @@ def _fetch(
     client.ConfirmMessageReceived(
         ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=number)
     )
-    try:
-        if _whole_size(contents) > most:
-            return None
-        message = inflate_object_from_contents(number, contents)
-    except _LIBRARY_ERRORS:
-        return None
-    if not isinstance(message, Message) or not message.has_content():
+    message = inflate(number, contents, most)
+    if message is None:
         return None
     return make_message(header.metadata, content=message.content)
-
-
-def _whole_size(contents: Mapping[str, bytes]) -> int:
-    """Bytes of all arrays once they are put together: one may name the same piece many times."""
-    size = 0
-    for content in contents.values():
-        kind, children, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__qualname__:
-            pieces = json.loads(get_object_body(content, Array))["arraychunk_ids"]
-            size += sum(len(contents[children[piece]]) for piece in pieces)
-    return size
 
 
 def _send(client: FleetHttpClient, node: Node, run: int, reply: Message, seconds: float) -> None:

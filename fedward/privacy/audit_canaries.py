@@ -92,8 +92,7 @@ def judge_canaries(
         half = round(share * count / 2)
         right = int(included[order[-half:]].sum() + (~included[order[:half]]).sum())
         lower, surely = (
-            one_run_bound(count, 2 * half, right, delta=delta, confidence=each)
-            for each in levels
+            one_run_bound(count, 2 * half, right, delta=delta, confidence=each) for each in levels
         )
         tests.append((lower, surely, 2 * half, right))
     lower, _, guesses, right = max(tests)

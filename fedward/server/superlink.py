@@ -32,7 +32,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
@@ -45,10 +44,10 @@ from flwr.superlink.config_loader import (
     get_objectstore_linkstate_factories,
 )
 from flwr.superlink.main import create_app
-from google.protobuf.message import DecodeError
 from sqlalchemy.exc import OperationalError
 
 from fedward.errors import IdentityError, RoundError
+from fedward.messages import inflate
 from fedward.server.database import expect_large_pieces, retry_busy
 from fedward.server.enrolment import AsgiApp
 
@@ -57,10 +56,6 @@ _LOG = logging.getLogger(__name__)
 _BEAT_SECONDS = 10.0
 _LONGEST_POLL = 0.5
 _DELIVERIES = 3
-
-_MALFORMED = (ArithmeticError, AssertionError, AttributeError, DecodeError, LookupError,
-              RuntimeError, TypeError, ValueError)  # fmt: skip
-"""What Flower raises when it reads bytes that a site made up."""
 
 
 def flower_app(database: Path) -> AsgiApp:
@@ -357,11 +352,9 @@ class LinkGrid(Grid):
             parts[node.object_id] = content
         if header.has_error():
             return header
-        try:
-            message = inflate_object_from_contents(number, parts)
-        except _MALFORMED:
-            return _lost(header)
-        if not isinstance(message, Message) or not message.has_content():
+        # One piece may be named many times; what came honestly is no more put together.
+        message = inflate(number, parts, sum(map(len, parts.values())))
+        if message is None:
             return _lost(header)
         # The header is the database's, because the site wrote the other one.
         return make_message(header.metadata, content=message.content)

@@ -1,6 +1,7 @@
 """A coordinator on the real wire that would fill a site's memory, or send it elsewhere."""
 
 import gzip
+import os
 from collections.abc import Callable, Iterator, Mapping
 
 import httpx
@@ -19,6 +20,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 
 from fedward.client import codes, fleet
+from fedward.messages import inflate
 from fedward.server.coordinator_folder import CoordinatorFolder
 from fedward.server.enrolment import AsgiApp, Receive, Scope, Send
 from tests.server import office
@@ -155,6 +157,12 @@ def test_a_piece_that_is_named_many_times_counts_many_times(coordinator, where):
     assert sent < 8 << 20
     assert fetch(coordinator, where, message, contents, 8 << 20) is None
     assert fetch(coordinator, where, message, contents, 21 << 20) is not None
+    # The coordinator allows what came: of a masked vector no piece is like another.
+    number = message.object_id
+    assert inflate(number, contents, sent) is None
+    honest = message_of(os.urandom(20 << 20))
+    contents = contents_of(honest)
+    assert inflate(honest.object_id, contents, sum(map(len, contents.values()))) is not None
 
 
 def test_what_counts_as_a_library_s_error_is_said_once():
