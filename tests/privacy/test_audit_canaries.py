@@ -52,7 +52,7 @@ def test_luck_proves_nothing_and_delta_weakens():
     assert bounds[0] > bounds[2]
 
 
-@pytest.mark.parametrize("truth", [0.5, 2.0])
+@pytest.mark.parametrize("truth", [pytest.param(0.5, marks=pytest.mark.slow), 2.0])
 def test_bounds_of_randomised_response_hold_and_come_near(truth):
     generator = np.random.default_rng(0)
     found = np.array(

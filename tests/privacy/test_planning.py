@@ -45,7 +45,7 @@ def one_accountant(monkeypatch):
         (1.0, 0.02, 100, 1.438, 1.427),
         pytest.param(1.2, 0.1, 200, 7.22, 7.21, marks=pytest.mark.slow),
         pytest.param(0.6, 0.01, 1000, 7.44, 7.43, marks=pytest.mark.slow),
-        (2.0, 1.0, 20, 11.49, 11.48),
+        pytest.param(2.0, 1.0, 20, 11.49, 11.48, marks=pytest.mark.slow),
     ],
 )
 def test_the_notes_table_of_epsilons(sigma, rate, steps, prv, pld):
@@ -68,6 +68,7 @@ def test_the_notes_table_of_records(records, cost):
     assert found == pytest.approx(cost, abs=0.03)
 
 
+@pytest.mark.slow
 def test_at_rate_one_all_records_come_together():
     """Twice the sensitivity is half of the noise."""
     two = record_epsilon([event(4.0, 1.0, 3)], 2, 1e-5)
@@ -266,6 +267,7 @@ def test_the_table_says_unit_neighbours_and_every_answer(site, monkeypatch):
     assert "first 2 4 no" in shown
 
 
+@pytest.mark.slow
 def test_the_plot_is_a_picture_of_both_curves(tmp_path, one_accountant):
     path = tmp_path / "plot.png"
     short = options(rounds=1, steps=1, rate=1)
