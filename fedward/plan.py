@@ -63,7 +63,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuner:
-    """``[tuner]``: the PEFT method; every other key is passed to PEFT unrenamed.
+    """``[tuner]``: the PEFT method; those of its keys that are safe at a site, unrenamed.
 
     Args:
         method: ``lora`` (QLoRA is ``lora`` over a quantized base).
