@@ -220,7 +220,7 @@ def _from_array(array: Array) -> bytes:
 
 
 _MALFORMED = (ArithmeticError, AssertionError, AttributeError, DecodeError, LookupError,
-              RuntimeError, TypeError, ValueError)  # fmt: skip
+              MemoryError, RuntimeError, TypeError, ValueError)  # fmt: skip
 """What Flower raises when it reads bytes that somebody made up."""
 
 

@@ -1,6 +1,9 @@
 """Files and folders that only their owner can read, written whole or not at all."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedward.errors import ConfigurationError
@@ -57,3 +60,22 @@ def check_private(path: Path) -> None:
             f"{path}: has mode {mode:04o}, so that others on this machine can open it; "
             f"chmod {mode & 0o700:04o} it"
         )
+
+
+@contextlib.contextmanager
+def hold(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file for this process, while it lives at the longest.
+
+    Args:
+        lock: Made if it is missing; it stays.
+        busy: What to say where another process holds it.
+
+    Raises:
+        ConfigurationError: Another process holds it.
+    """
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigurationError(busy) from error
+        yield

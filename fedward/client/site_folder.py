@@ -1,7 +1,6 @@
 """The folder of one site: where its keys, policy, ledger and everything else of it lie."""
 
 import contextlib
-import fcntl
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from fedward import typed_toml
 from fedward.errors import ConfigurationError, InvalidValue
 from fedward.identity import Identity
-from fedward.private_files import check_private, make_private_folder, write_private
+from fedward.private_files import check_private, hold, make_private_folder, write_private
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -233,11 +232,7 @@ class SiteFolder:
         Raises:
             ConfigurationError: Another process holds it.
         """
-        with (self.root / "run.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigurationError(f"{self.root}: another process runs this site") from error
+        with hold(self.root / "run.lock", f"{self.root}: another process runs this site"):
             yield
 
     def config(self) -> SiteConfig:

@@ -7,7 +7,6 @@ loopback.
 """
 
 import contextlib
-import fcntl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from fedward.client.pulse import BEAT_SECONDS, FRESH_SECONDS, Life, Pulse
 from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError
 from fedward.privacy.ledger import read_books
-from fedward.private_files import check_private
+from fedward.private_files import check_private, hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +71,8 @@ def signs_of_life(folder: SiteFolder) -> Iterator[Pulse]:
     """
     over = threading.Event()
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context((folder.root / "life.lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigurationError(f"{folder.root}: another process runs this site") from error
+        busy = f"{folder.root}: another process runs this site"
+        stack.enter_context(hold(folder.root / "life.lock", busy))
         pulse = Pulse(life_file(folder))
         stack.callback(pulse.end)
         set_health = stack.enter_context(_health(folder.control_socket))

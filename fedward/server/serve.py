@@ -3,19 +3,18 @@
 ``python -m fedward.server.serve PART FOLDER`` is one part; people start the whole.
 """
 
-import contextlib
 import datetime
-import fcntl
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from fedward.errors import ConfigurationError, FedwardError
+from fedward.private_files import hold
 from fedward.server.certificates import issue
 from fedward.server.control_service import ControlService, Health, control_server
 from fedward.server.coordinator_folder import CoordinatorFolder
@@ -39,7 +38,8 @@ def serve(folder: CoordinatorFolder, stop: threading.Event) -> None:
     Raises:
         ConfigurationError: Another process serves this folder.
     """
-    with _alone(folder):
+    busy = f"{folder.root}: another process serves it already"
+    with hold(folder.root / "serve.lock", busy):
         issue(folder, datetime.datetime.now(datetime.UTC))
         environment = {"FLWR_HOME": str(folder.flower_home)}
         # -P: no code from the folder that the command happens to be given in.
@@ -49,17 +49,6 @@ def serve(folder: CoordinatorFolder, stop: threading.Event) -> None:
             for name in ("link", "engine")
         ]
         supervise(parts, stop)
-
-
-@contextlib.contextmanager
-def _alone(folder: CoordinatorFolder) -> Iterator[None]:
-    """Hold the folder for this process."""
-    with (folder.root / "serve.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigurationError(f"{folder.root}: another process serves it already") from error
-        yield
 
 
 def run_link(folder: CoordinatorFolder, stop: threading.Event) -> None:
