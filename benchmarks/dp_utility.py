@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from reporting import choose, machine
+from reporting import choose, grid_options, machine
 from transformers.utils import logging
 from utility_grid.cells import Cell, Grid, Size, grid
 from utility_grid.tables import figures, lines, markdown, plot, sentences
@@ -43,9 +43,7 @@ def wanted(patterns: str, seeds: str | None, *, quick: bool) -> list[Cell]:
             and cell.tuner != "lora"
             and cell.epsilon in {math.inf, 1.0}
         ]
-    numbers = None if seeds is None else {int(seed) for seed in seeds.split(",")}
-    cells = [cell for cell in grid() if numbers is None or cell.seed in numbers]
-    return choose(cells, lambda cell: cell.name, patterns)
+    return choose(grid(), patterns, seeds)
 
 
 def work_through(results: Grid, cells: Sequence[Cell]) -> None:
@@ -81,16 +79,8 @@ def report(results: Grid, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Read the options, run what is missing and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="data sets")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/dp-utility"))
-    parser.add_argument("--cells", default="*", help="patterns of names, with commas between")
-    parser.add_argument("--seeds", help="only these, with commas between")
-    parser.add_argument("--list", action="store_true", help="show the cells and which are done")
-    parser.add_argument("--markdown", action="store_true", help="print the table for the docs")
+    parser = grid_options(__doc__, "out/benchmarks/dp-utility")
     parser.add_argument("--plot", type=Path, help="draw the figure: a file .svg or .png")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--quick", action="store_true", help="toy cells that are not kept")
     options = parser.parse_args()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
     print(", ".join(f"{name} {value}" for name, value in machine(*PACKAGES).items()), flush=True)

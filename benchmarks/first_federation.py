@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from federation_grid.cells import TASKS, Cell, Grid, grid
 from federation_grid.tables import checks, compare, figures, markdown
-from reporting import choose, machine
+from reporting import choose, grid_options, machine
 from transformers.utils import logging
 
 from fedward.errors import FedwardError
@@ -36,9 +36,7 @@ PACKAGES = ("torch", "transformers", "peft", "opacus", "flwr", "scikit-learn")
 def wanted(patterns: str, seeds: str | None) -> list[Cell]:
     """The cells that the options name; a task's name stands for all of its cells."""
     names = [f"{name}.*" if name in TASKS else name for name in patterns.split(",")]
-    numbers = None if seeds is None else {int(seed) for seed in seeds.split(",")}
-    cells = [cell for cell in grid() if numbers is None or cell.seed in numbers]
-    return choose(cells, lambda cell: cell.name, ",".join(names))
+    return choose(grid(), ",".join(names), seeds)
 
 
 def short_demo(plan: Plan) -> Plan:
@@ -79,15 +77,7 @@ def report(results: Grid, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Read the options, run what is missing and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="data sets")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/first-federation"))
-    parser.add_argument("--cells", default="*", help="tasks or patterns of names, with commas")
-    parser.add_argument("--seeds", help="only these, with commas between")
-    parser.add_argument("--list", action="store_true", help="show the cells and which are done")
-    parser.add_argument("--markdown", action="store_true", help="print tables for the docs")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--quick", action="store_true", help="a short demo that is not kept")
+    parser = grid_options(__doc__, "out/benchmarks/first-federation")
     options = parser.parse_args()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
     print(", ".join(f"{name} {value}" for name, value in machine(*PACKAGES).items()), flush=True)

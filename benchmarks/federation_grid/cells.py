@@ -21,6 +21,7 @@ from fedward.canonical import Json
 from fedward.client.trainer import LocalTrainer, mechanism
 from fedward.errors import ConfigurationError
 from fedward.plan import Plan
+from fedward.private_files import write_private
 from fedward.server.store import Phase
 from fedward.simulations import baseline
 from fedward.simulations.case import Case, Options, load_case
@@ -166,10 +167,7 @@ class Grid:
             "seconds": round(time.monotonic() - began, 1),
             "load": round(load, 1),
         }
-        path = self._folder / f"{cell.name}.json"
-        scratch = path.with_name(path.name + ".part")
-        scratch.write_text(json.dumps(facts), encoding="utf-8")
-        scratch.replace(path)
+        write_private(self._folder / f"{cell.name}.json", json.dumps(facts).encode())
         shutil.rmtree(self._folder / "runs" / cell.name, ignore_errors=True)
         return facts
 

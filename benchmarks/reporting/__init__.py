@@ -1,17 +1,16 @@
 """What every benchmark says of where it ran, and how a grid's cells are chosen."""
 
+import argparse
 import fnmatch
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from fedward.errors import ConfigurationError
-
-C = TypeVar("C")
 
 
 def machine(*packages: str) -> dict[str, str]:
@@ -27,18 +26,51 @@ def machine(*packages: str) -> dict[str, str]:
     }
 
 
-def choose(cells: Sequence[C], name: Callable[[C], str], patterns: str) -> list[C]:
-    """The cells whose names one of the comma-separated patterns matches, in their order.
+class Named(Protocol):
+    """A cell of a grid."""
+
+    @property
+    def name(self) -> str:
+        """What patterns are matched with."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """What ``--seeds`` chooses by."""
+        ...
+
+
+C = TypeVar("C", bound=Named)
+
+
+def choose(cells: Sequence[C], patterns: str, seeds: str | None) -> list[C]:
+    """The cells of some seeds whose names one of the comma-separated patterns matches.
 
     Raises:
         ConfigurationError: A pattern matches nothing.
     """
+    numbers = None if seeds is None else {int(seed) for seed in seeds.split(",")}
+    cells = [cell for cell in cells if numbers is None or cell.seed in numbers]
     chosen = set[str]()
     for pattern in patterns.split(","):
-        matching = fnmatch.filter([name(cell) for cell in cells], pattern)
+        matching = fnmatch.filter([cell.name for cell in cells], pattern)
         if not matching:
             raise ConfigurationError(
                 f"no cell {pattern!r}: expected a pattern over the names that --list shows"
             )
         chosen |= set(matching)
-    return [cell for cell in cells if name(cell) in chosen]
+    return [cell for cell in cells if cell.name in chosen]
+
+
+def grid_options(about: str | None, out: str) -> argparse.ArgumentParser:
+    """The options of every grid of cells."""
+    parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="data sets")
+    parser.add_argument("--out", type=Path, default=Path(out), help="keeps finished cells")
+    parser.add_argument("--cells", default="*", help="patterns of names, with commas between")
+    parser.add_argument("--seeds", help="only these, with commas between")
+    parser.add_argument("--list", action="store_true", help="show the cells and which are done")
+    parser.add_argument("--markdown", action="store_true", help="print tables for the docs")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--quick", action="store_true", help="toy cells that are not kept")
+    return parser

@@ -19,6 +19,7 @@ from fedward.errors import ConfigurationError
 from fedward.plan import Data, Plan, Privacy, Rounds, load_plan
 from fedward.privacy.planned import training_event
 from fedward.privacy.planning import record_epsilon
+from fedward.private_files import write_private
 from fedward.simulations.comparison import evaluate_adapter, train_in_one_place
 from fedward.tuning.models import fingerprint, resolve_model
 from fedward.tuning.records import Records, find_splits, group, read_records, select
@@ -198,10 +199,7 @@ class Grid:
             "cpu_seconds": round(time.process_time() - worked, 1),
             "load": round(load, 1),
         }
-        path = self._folder / f"{cell.name}.json"
-        scratch = path.with_name(path.name + ".part")
-        scratch.write_text(json.dumps(facts), encoding="utf-8")
-        scratch.replace(path)
+        write_private(self._folder / f"{cell.name}.json", json.dumps(facts).encode())
         return facts
 
     def _plan(self, cell: Cell) -> Plan:
