@@ -44,7 +44,8 @@ from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.client.trainer import LocalTrainer, mechanism, train_model
 from fedward.client.training import Scores, TrainRequest, TrainResult
-from fedward.plan import Aggregation, Cohort, Data, Model, Plan, Privacy, Rounds, Task, Tuner
+from fedward.plan import Data, Model, Plan, Privacy, Rounds, Task, Tuner
+from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.privacy.noise import SecureStream
 from fedward.server.store import Phase
 from fedward.simulations.federation import Federation

@@ -49,6 +49,16 @@ class InvalidValue(ConfigurationError):
         self.key, self.value, self.allowed = key, value, allowed
 
 
+def require(holds: bool, key: str, value: object, allowed: str) -> None:
+    """Raise unless the value of a key is allowed (NaN never is: no comparison holds for it).
+
+    Raises:
+        InvalidValue: With the last three arguments.
+    """
+    if not holds:
+        raise InvalidValue(key, value, allowed)
+
+
 class DataError(FedwardError):
     """Records are missing, empty or lack a column."""
 

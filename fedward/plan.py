@@ -14,15 +14,10 @@ from typing import Any, Literal
 
 from fedward import typed_toml
 from fedward.canonical import Json, canonical_json, digest
-from fedward.errors import ConfigurationError, InvalidValue
+from fedward.errors import ConfigurationError, require
+from fedward.plan_aggregation import Aggregation, Cohort
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
-
-
-def _check(holds: bool, key: str, value: object, allowed: str) -> None:
-    """Raise unless the value of a key is allowed (NaN never is: no comparison holds for it)."""
-    if not holds:
-        raise InvalidValue(key, value, allowed)
 
 
 def _is_plain(value: object) -> bool:
@@ -55,10 +50,10 @@ class Model:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        _check(bool(self.path), "path", self.path, "a folder or hub id")
+        require(bool(self.path), "path", self.path, "a folder or hub id")
         if self.sha256 is not None:
             holds = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
-            _check(holds, "sha256", self.sha256, "64 lower-case hex digits")
+            require(holds, "sha256", self.sha256, "64 lower-case hex digits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +73,8 @@ class Tuner:
     def __post_init__(self) -> None:
         """Check every limit."""
         for key, value in self.arguments.items():
-            _check(key != "method", "arguments", key, "a key of PEFT")
-            _check(_is_plain(value), key, value, "text, numbers, true, false, or lists of them")
+            require(key != "method", "arguments", key, "a key of PEFT")
+            require(_is_plain(value), key, value, "text, numbers, true, false, or lists of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +94,9 @@ class Task:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        _check(8 <= self.max_length <= 131072, "max_length", self.max_length, "8 to 131072 tokens")
+        require(8 <= self.max_length <= 131072, "max_length", self.max_length, "8 to 131072 tokens")
         unique = len(set(self.labels)) == len(self.labels) != 1
-        _check(unique, "labels", list(self.labels), "at least two classes, each once")
+        require(unique, "labels", list(self.labels), "at least two classes, each once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +117,9 @@ class Split:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        _check(0 < self.alpha < math.inf, "alpha", self.alpha, "a number above 0")
-        _check(3 <= self.sites <= 10000, "sites", self.sites, "3 to 10000")
-        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 < self.alpha < math.inf, "alpha", self.alpha, "a number above 0")
+        require(3 <= self.sites <= 10000, "sites", self.sites, "3 to 10000")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +152,11 @@ class Data:
     def __post_init__(self) -> None:
         """Check every limit."""
         paired = (self.prompt is None) == (self.completion is None)
-        _check(paired, "prompt", self.prompt, "prompt and completion together, or neither")
+        require(paired, "prompt", self.prompt, "prompt and completion together, or neither")
         one = self.messages is None or self.prompt is None
-        _check(one, "messages", self.messages, "either messages or prompt and completion")
+        require(one, "messages", self.messages, "either messages or prompt and completion")
         one = self.site is None or self.split is None
-        _check(one, "split", self.split, "either site or split")
+        require(one, "split", self.split, "either site or split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,70 +188,24 @@ class Rounds:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        _check(1 <= self.count <= 100000, "count", self.count, "1 to 100000 rounds")
-        _check(0 <= self.spare <= 100000, "spare", self.spare, "0 to 100000 rounds")
-        _check(1 <= self.steps <= 10000, "steps", self.steps, "1 to 10000 steps")
+        require(1 <= self.count <= 100000, "count", self.count, "1 to 100000 rounds")
+        require(0 <= self.spare <= 100000, "spare", self.spare, "0 to 100000 rounds")
+        require(1 <= self.steps <= 10000, "steps", self.steps, "1 to 10000 steps")
         rate = self.sampling_rate
-        _check(0 < rate <= 1, "sampling_rate", rate, "a rate above 0 and at most 1")
+        require(0 < rate <= 1, "sampling_rate", rate, "a rate above 0 and at most 1")
         positive = 0 < self.normaliser < math.inf
-        _check(positive, "normaliser", self.normaliser, "a number above 0")
+        require(positive, "normaliser", self.normaliser, "a number above 0")
         positive = 0 < self.learning_rate < math.inf
-        _check(positive, "learning_rate", self.learning_rate, "a number above 0")
+        require(positive, "learning_rate", self.learning_rate, "a number above 0")
         shape = re.fullmatch(r"[1-9][0-9]{0,6}[smh]", self.deadline)
-        _check(shape is not None, "deadline", self.deadline, "a number with s, m or h, like '60m'")
+        require(shape is not None, "deadline", self.deadline, "a number with s, m or h, like '60m'")
         batch = self.physical_batch
-        _check(1 <= batch <= 4096, "physical_batch", batch, "1 to 4096 records")
+        require(1 <= batch <= 4096, "physical_batch", batch, "1 to 4096 records")
 
     @property
     def deadline_seconds(self) -> int:
         """The deadline of one stage in seconds."""
         return int(self.deadline[:-1]) * _SECONDS[self.deadline[-1]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cohort:
-    """``[cohort]``: how many sites a sum needs.
-
-    Args:
-        minimum: Fewest sites in a sum, max(3, colluders + 2) to 100000.
-        colluders: Sites that may work together with the coordinator, 0 or more.
-    """
-
-    minimum: int = 3
-    colluders: int = 1
-
-    def __post_init__(self) -> None:
-        """Check every limit."""
-        _check(self.colluders >= 0, "colluders", self.colluders, "0 or more")
-        lowest = max(3, self.colluders + 2)
-        allowed = f"{lowest} to 100000 with {self.colluders} colluders"
-        _check(lowest <= self.minimum <= 100000, "minimum", self.minimum, allowed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aggregation:
-    """``[aggregation]``: what is summed and how it becomes the next adapter.
-
-    Args:
-        scheme: ``fedavg`` (every trainable tensor) or ``ffa`` (LoRA's A frozen and orthonormal).
-        update_clip: L2 bound of a site's update, > 0; fixes the fixed-point grid.
-        word_bits: Bits of one word of the masked sum; 16 halve what a site sends.
-        weights: Site name to its weight in the mean, a number above 0 for every site; left out,
-            all weigh alike. No site may outweigh the ``minimum - 1 - colluders`` lightest others.
-    """
-
-    scheme: Literal["fedavg", "ffa"] = "fedavg"
-    update_clip: float = 1.0
-    word_bits: Literal[16, 32] = 32
-    weights: Mapping[str, float] | None = field(default=None, hash=False)
-
-    def __post_init__(self) -> None:
-        """Check every limit."""
-        positive = 0 < self.update_clip < math.inf
-        _check(positive, "update_clip", self.update_clip, "a number above 0")
-        for name, weight in (self.weights or {}).items():
-            holds = type(weight) is float and 1e-9 <= weight <= 1e9
-            _check(holds, f"weights.{name}", weight, "a number, 1e-9 to 1e9")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,11 +226,11 @@ class Privacy:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        _check(self.epsilon > 0, "epsilon", self.epsilon, "above 0, or inf for no privacy")
-        _check(0 < self.delta < 0.1, "delta", self.delta, "above 0 and below 0.1")
-        _check(1e-6 <= self.clip <= 1e6, "clip", self.clip, "1e-6 to 1e6")
+        require(self.epsilon > 0, "epsilon", self.epsilon, "above 0, or inf for no privacy")
+        require(0 < self.delta < 0.1, "delta", self.delta, "above 0 and below 0.1")
+        require(1e-6 <= self.clip <= 1e6, "clip", self.clip, "1e-6 to 1e6")
         records = self.records_per_unit
-        _check(1 <= records <= 1000, "records_per_unit", records, "1 to 1000")
+        require(1 <= records <= 1000, "records_per_unit", records, "1 to 1000")
 
     @property
     def enabled(self) -> bool:
@@ -303,9 +252,9 @@ class Metrics:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        _check(0 < self.epsilon < math.inf, "epsilon", self.epsilon, "a number above 0")
+        require(0 < self.epsilon < math.inf, "epsilon", self.epsilon, "a number above 0")
         positive = 0 < self.loss_bound < math.inf
-        _check(positive, "loss_bound", self.loss_bound, "a number above 0")
+        require(positive, "loss_bound", self.loss_bound, "a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,8 +283,8 @@ class Plan:
     def __post_init__(self) -> None:
         """Check every limit."""
         shape = re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", self.name)
-        _check(shape is not None, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
-        _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+        require(shape is not None, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -343,19 +292,21 @@ class Plan:
         data, minimum = self.data, self.cohort.minimum
         chats = data.messages is not None or data.prompt is not None
         allowed = "'sft' with messages or prompt and completion: 'classify' reads text"
-        _check(self.task.objective == "sft" or not chats, "objective", self.task.objective, allowed)
+        require(
+            self.task.objective == "sft" or not chats, "objective", self.task.objective, allowed
+        )
         if data.split is not None:
             allowed = f"at least [cohort] minimum = {minimum}"
-            _check(data.split.sites >= minimum, "sites", data.split.sites, allowed)
+            require(data.split.sites >= minimum, "sites", data.split.sites, allowed)
         wide = self.metrics is None or self.aggregation.word_bits == 32
-        _check(wide, "word_bits", self.aggregation.word_bits, "32 beside [metrics]")
+        require(wide, "word_bits", self.aggregation.word_bits, "32 beside [metrics]")
         if self.aggregation.weights is not None:
             # Otherwise a sum of the fewest sites, less the colluders' part, is nearly one update.
             unknown = minimum - 1 - self.cohort.colluders
             *lighter, heaviest = sorted(self.aggregation.weights.values()) or [math.inf]
             allowed = f"none above the {unknown} lightest others together"
             holds = heaviest <= math.fsum(lighter[:unknown])
-            _check(holds, "weights", dict(self.aggregation.weights), allowed)
+            require(holds, "weights", dict(self.aggregation.weights), allowed)
 
     def hash(self) -> bytes:
         """The 32 bytes that approve, sign and bind this plan."""

@@ -21,6 +21,7 @@ LEAVES = {
     "identity",
     "messages",
     "plan",
+    "plan_aggregation",
     "private_files",
     "typed_toml",
 }

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 
 from fedward.errors import ConfigurationError, InvalidValue
 from fedward.plan import (
-    Aggregation,
-    Cohort,
     Data,
     Metrics,
     Model,
@@ -29,6 +27,7 @@ from fedward.plan import (
     from_json,
     load_plan,
 )
+from fedward.plan_aggregation import Aggregation, Cohort
 
 FULL = """\
 name = "ward-7"
@@ -151,6 +150,11 @@ REFUSED: list[tuple[Any, ...]] = [
     ("aggregation", "update_clip", [0.0, -1.0, math.inf], POSITIVE),
     ("aggregation", "word_bits", [8, 64, "32"], "one of 16, 32"),
     ("aggregation", "weights", [[1.0], "uniform"], "a section"),
+    ("aggregation", "optimizer", ["sgd"], "one of 'none', 'momentum', 'adam', 'yogi', 'adagrad'"),
+    ("aggregation", "server_learning_rate", [0.0, -1.0, math.inf], "above 0 and at most 1e6"),
+    ("aggregation", "beta_1", [-0.1, 1.0], "at least 0 and below 1"),
+    ("aggregation", "beta_2", [-0.1, 1.0], "at least 0 and below 1"),
+    ("aggregation", "tau", [0.0, 2.0], "1e-9 to 1"),
     ("privacy", "epsilon", [0.0, -1.0], "above 0, or inf for no privacy"),
     ("privacy", "delta", [0.0, -1e-6, 0.1, 1.0], "above 0 and below 0.1"),
     ("privacy", "clip", [0.0, -1.0, 9e-7, 2e6, math.inf], "1e-6 to 1e6"),
@@ -363,7 +367,8 @@ def test_a_minimal_plan_has_the_documented_defaults(file):
 def test_the_hash_of_a_plan_is_fixed(file, full):
     # Sites approve this hash: when it changes, every approval is void.
     assert load_plan(write(file)).to_json() == (
-        b'{"aggregation":{"scheme":"fedavg","update_clip":1.0,"weights":null,"word_bits":32},'
+        b'{"aggregation":{"beta_1":0.9,"beta_2":0.99,"optimizer":"none","scheme":"fedavg",'
+        b'"server_learning_rate":1.0,"tau":0.001,"update_clip":1.0,"weights":null,"word_bits":32},'
         b'"cohort":{"colluders":1,"minimum":3},'
         b'"data":{"completion":null,"label":"label","messages":null,"prompt":null,"site":null,'
         b'"split":null,"template":null,"text":"text","unit":null},'
@@ -377,7 +382,7 @@ def test_the_hash_of_a_plan_is_fixed(file, full):
         b'"task":{"labels":[],"max_length":512,"objective":"sft"},'
         b'"tuner":{"arguments":{},"method":"lora"}}'
     )
-    assert full.hash().hex() == "4a02989c44736a0a8a7458560c612ddae196aba4af3b0e4370ffa50c9e69fc25"
+    assert full.hash().hex() == "3d1e5222012be4721a97cdc34990d581348f10c3e84bad34ba0c3f472643533c"
 
 
 CHANGES: dict[str, list[dict[str, Any]]] = {
@@ -426,6 +431,11 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"update_clip": 0.25},
         {"weights": {"a": 1.0, "b": 1.0}},
         {"weights": {"a": 1.0, "c": 1.0}},
+        {"optimizer": "momentum"},
+        {"server_learning_rate": 0.5},
+        {"beta_1": 0.5},
+        {"beta_2": 0.5},
+        {"tau": 0.01},
     ],
     "privacy": [{"epsilon": 5.0}, {"delta": 2e-5}, {"clip": 0.8}, {"records_per_unit": 3}],
     "metrics": [{"epsilon": 0.25}, {"loss_bound": 2.0}],

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.enrolment import EnrolRequest
-from fedward.plan import Aggregation, Cohort, Data, Model, Plan, Privacy, Rounds
+from fedward.plan import Data, Model, Plan, Privacy, Rounds
+from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.private_files import write_private
 from fedward.server.certificates import issue
 from fedward.server.coordinator_folder import CoordinatorConfig, CoordinatorFolder

@@ -6,7 +6,8 @@ from fedward.aggregation.rotation import rotated_grid
 from fedward.attempt import Attempt
 from fedward.errors import InvalidValue
 from fedward.identity import Roster
-from fedward.plan import Aggregation, Plan
+from fedward.plan import Plan
+from fedward.plan_aggregation import Aggregation
 
 METRIC_SLOTS = ("loss", "correct", "units")
 """The extra words of a plan with ``[metrics]``, in order."""

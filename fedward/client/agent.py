@@ -21,7 +21,7 @@ from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import check_mean, pack, unpack, weighed
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.planned import planned_session
-from fedward.aggregation.schemes import next_vector
+from fedward.aggregation.server_optimizer import next_state
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
@@ -51,6 +51,7 @@ from fedward.tuning.vector import (
     Layout,
     dimension,
     layout_from_bytes,
+    moments_of,
     replace_vector,
     vector_of,
 )
@@ -316,7 +317,8 @@ class Agent:
         total, _ = unpack(words, parameters)
         mean = total / parameters.divisor(cohort)
         check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
-        expected = replace_vector(before, layout, next_vector(start, mean))
+        vector, moments = next_state(start, moments_of(before), mean, plan.aggregation)
+        expected = replace_vector(before, layout, vector, moments)
         if letter.parts.get("adapter", expected) != expected:
             raise ProtocolError("the adapter is not what the published sum gives")
         return expected

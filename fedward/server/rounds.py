@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import check_mean
 from fedward.aggregation.planned import planned_session
-from fedward.aggregation.schemes import Vector, next_vector
+from fedward.aggregation.server_optimizer import next_state
 from fedward.aggregation.tally import SumResult, Tally
 from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
@@ -42,6 +42,7 @@ from fedward.tuning.vector import (
     Layout,
     dimension,
     layout_to_bytes,
+    moments_of,
     replace_vector,
     vector_of,
 )
@@ -121,25 +122,27 @@ class RoundEngine:
             self._record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
             try:
                 result = self._session(grid, attempt, state)
-                vector = self._next(state, result)
+                adapter = self._next(state, result)
             except (ProtocolError, CohortTooSmall) as error:
                 self._record(attempt, Phase.ABORTED, {"reason": str(error), **self._blame(error)})
                 if isinstance(error, _NoHope):
                     raise CohortTooSmall(str(error)) from error
                 failure, state = str(error), self._fold()
                 continue
-            self._commit(attempt, replace_vector(state.adapter, self._layout, vector), result)
+            self._commit(attempt, adapter, result)
             return
         raise RoundError(
             f"round {state.committed + 1} failed in {last - first + 1} attempts; the last: "
             f"{failure}"
         )
 
-    def _next(self, state: State, result: SumResult) -> Vector:
-        """The next trained parameters; a sum that every site would refuse is never committed."""
-        mean = result.mean
-        check_mean(mean, result.parameters, result.cohort, self._plan.aggregation.update_clip)
-        return next_vector(vector_of(state.adapter, self._layout), mean)
+    def _next(self, state: State, result: SumResult) -> bytes:
+        """The next adapter; a sum that every site would refuse is never committed."""
+        mean, settings, before = result.mean, self._plan.aggregation, state.adapter
+        check_mean(mean, result.parameters, result.cohort, settings.update_clip)
+        start = vector_of(before, self._layout)
+        vector, moments = next_state(start, moments_of(before), mean, settings)
+        return replace_vector(before, self._layout, vector, moments)
 
     def _commit(self, attempt: Attempt, adapter: bytes, result: SumResult) -> None:
         facts: Json = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedward.errors import ModelError
 from fedward.tuning.tuners import trainable
-from fedward.tuning.vector import Layout
+from fedward.tuning.vector import MOMENT, Layout
 
 State = dict[str, Tensor]
 """Parameter name → float32 tensor on the CPU."""
@@ -98,7 +98,7 @@ def to_bytes(state: Mapping[str, Tensor]) -> bytes:
 
 
 def from_bytes(data: bytes) -> State:
-    """Read exactly what :func:`to_bytes` writes.
+    """Read exactly what :func:`to_bytes` writes; a server optimizer's moments are left out.
 
     Nothing is allocated beyond the size of ``data``: safetensors checks every offset against it.
 
@@ -114,7 +114,7 @@ def from_bytes(data: bytes) -> State:
         raise ModelError(f"adapter tensor {wrong[0]!r}: expected float32")
     if to_bytes(state) != data:
         raise ModelError("an adapter is not spelled as Fedward writes it (metadata or padding)")
-    return {name: state[name] for name in sorted(state)}
+    return {name: state[name] for name in sorted(state) if not name.startswith(MOMENT)}
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Parameter]:

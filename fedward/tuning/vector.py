@@ -2,10 +2,13 @@
 
 An adapter's state is a safetensors file. Its trainable tensors, in the order of a layout, are the
 flat vector that sites update and sums move; the rest (A under ``ffa``) is carried along unchanged.
+A server optimizer's moments lie in the same file, so that whatever binds, keeps or sends an adapter
+does so for them too; who loads it into a model leaves them out.
 """
 
 import json
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,9 @@ Layout = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of the trainable tensors, sorted by name."""
 
 Vector = npt.NDArray[np.float32]
+
+MOMENT = "server_optimizer."
+"""What the names of the server optimizer's moments begin with in an adapter file."""
 
 
 def layout_to_bytes(layout: Layout) -> bytes:
@@ -72,13 +78,29 @@ def vector_of(adapter: bytes, layout: Layout) -> Vector:
     return np.concatenate([tensors[name].ravel() for name, _ in layout])
 
 
-def replace_vector(adapter: bytes, layout: Layout, vector: Vector) -> bytes:
+def moments_of(adapter: bytes) -> dict[str, Vector]:
+    """The server optimizer's moments by name, copies; empty at the start of a run.
+
+    Raises:
+        ModelError: Not safetensors, or a moment is not float32 or not finite.
+    """
+    moments = {n.removeprefix(MOMENT): t for n, t in _load(adapter).items() if n.startswith(MOMENT)}
+    for name, moment in moments.items():
+        if moment.dtype != np.float32 or not np.isfinite(moment).all():
+            raise ModelError(f"the server optimizer's moment {name!r} is not finite float32")
+    return moments
+
+
+def replace_vector(
+    adapter: bytes, layout: Layout, vector: Vector, moments: Mapping[str, Vector] | None = None
+) -> bytes:
     """The adapter with its trainable tensors replaced; equal inputs give equal bytes.
 
     Args:
         adapter: Safetensors bytes.
         layout: Which tensors, in which order.
         vector: ``(d,)`` float32.
+        moments: The server optimizer's, which replace those that the file has.
 
     Raises:
         ModelError: Not safetensors, or the vector does not fill the layout exactly.
@@ -93,6 +115,7 @@ def replace_vector(adapter: bytes, layout: Layout, vector: Vector) -> bytes:
         end = start + math.prod(shape)
         tensors[name] = vector[start:end].reshape(shape)
         start = end
+    tensors |= {MOMENT + name: moment for name, moment in (moments or {}).items()}
     return save({name: np.asarray(tensors[name], order="C") for name in sorted(tensors)})
 
 

@@ -14,7 +14,8 @@ from fedward.aggregation.planned import planned_session
 from fedward.aggregation.published import SumResult
 from fedward.attempt import Attempt
 from fedward.errors import CohortTooSmall, ConfigurationError, InvalidValue, ProtocolError
-from fedward.plan import Aggregation, Cohort, Metrics, Plan
+from fedward.plan import Metrics, Plan
+from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.privacy.noise import SecureStream
 from fedward.server.store import Phase
 from fedward.tuning.vector import vector_of

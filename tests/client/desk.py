@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.published import SumResult
-from fedward.aggregation.schemes import next_vector
+from fedward.aggregation.server_optimizer import next_state
 from fedward.aggregation.tally import Tally
 from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
@@ -22,12 +22,14 @@ from fedward.client.training import Scores, Trainer, TrainRequest, TrainResult
 from fedward.errors import DataError, ModelError, SiteCode
 from fedward.identity import Identity, Member, Roster
 from fedward.messages import Letter, open_letter, seal_letter
-from fedward.plan import Cohort, Model, Plan, Privacy, Rounds
+from fedward.plan import Model, Plan, Privacy, Rounds
+from fedward.plan_aggregation import Cohort
 from fedward.privacy.ledger import Ledger
 from fedward.tuning.vector import (
     Layout,
     dimension,
     layout_to_bytes,
+    moments_of,
     replace_vector,
     vector_of,
 )
@@ -76,8 +78,10 @@ class Scripted:
 class Desk:
     """Sites with real folders, and the coordinator's key."""
 
-    def __init__(self, folder: Path, *, sites: int = SITES, policy: Policy = POLICY) -> None:
-        self.folder, self.policy = folder, policy
+    def __init__(
+        self, folder: Path, *, sites: int = SITES, policy: Policy = POLICY, plan: Plan = PLAN
+    ) -> None:
+        self.folder, self.policy, self.plan = folder, policy, plan
         self.identity = Identity(bytes([9]) * 32)
         self.keys = [Identity(bytes([site + 1]) * 32) for site in range(sites)]
         self.roster = Roster(
@@ -143,10 +147,10 @@ class Desk:
         assert (answer.action, answer.attempt, answer.site) == (action, attempt, site)
         return answer.code, answer
 
-    def task_parts(self, plan: Plan = PLAN, **changes: bytes) -> dict[str, bytes]:
+    def task_parts(self, plan: Plan | None = None, **changes: bytes) -> dict[str, bytes]:
         """The parts of the open round's task, some replaced."""
         parts = {
-            "plan": plan.to_json(),
+            "plan": (plan or self.plan).to_json(),
             "adapter": self.adapter,
             "layout": layout_to_bytes(LAYOUT),
             **self.previous,
@@ -158,9 +162,9 @@ class Desk:
         return self.ask("task", attempt, site, self.task_parts(**changes))[0]
 
     def tally(self, attempt: Attempt) -> Tally:
-        hashed = task_hash(self.adapter, PLAN.hash(), PLAN.aggregation.scheme)
+        hashed = task_hash(self.adapter, self.plan.hash(), self.plan.aggregation.scheme)
         parameters = planned_session(
-            PLAN, self.roster, attempt, task_hash=hashed, dimension=dimension(LAYOUT)
+            self.plan, self.roster, attempt, task_hash=hashed, dimension=dimension(LAYOUT)
         )
         return Tally(parameters=parameters, roster=self.roster)
 
@@ -196,8 +200,9 @@ class Desk:
 
     def commit(self, result: SumResult) -> None:
         """Make the next round's adapter, honestly."""
-        vector = next_vector(vector_of(self.adapter, LAYOUT), result.mean)
-        self.adapter = replace_vector(self.adapter, LAYOUT, vector)
+        start, moments = vector_of(self.adapter, LAYOUT), moments_of(self.adapter)
+        vector, moments = next_state(start, moments, result.mean, self.plan.aggregation)
+        self.adapter = replace_vector(self.adapter, LAYOUT, vector, moments)
         self.previous = {
             "sum": result.words.tobytes(),
             "cohort": canonical_json(list(result.cohort)),

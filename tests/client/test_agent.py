@@ -23,7 +23,8 @@ from fedward.errors import (
 )
 from fedward.identity import Identity
 from fedward.messages import Letter, open_letter, seal_letter
-from fedward.tuning.vector import replace_vector, vector_of
+from fedward.plan_aggregation import Aggregation
+from fedward.tuning.vector import moments_of, replace_vector, vector_of
 from tests.client.desk import LAYOUT, PLAN, POLICY, RUN, SITES, START, Desk, other_plan, replaced
 
 FIRST = Attempt(run=RUN, round=1)
@@ -130,6 +131,18 @@ def test_another_adapter_than_the_sum_gives_is_refused(desk):
     assert len(desk.trainers[0].requests) == 1, "nothing was trained"
     assert desk.ledger(0).remaining(RUN) == 3, "and nothing reserved"
     assert desk.task(SECOND, 0) is SiteCode.READY, "control: the honest one"
+
+
+def test_other_moments_than_the_sum_gives_are_refused(tmp_path):
+    plan = dataclasses.replace(PLAN, aggregation=Aggregation(optimizer="momentum"))
+    desk = Desk(tmp_path, plan=plan)
+    desk.round(1)
+    vector, moments = vector_of(desk.adapter, LAYOUT), moments_of(desk.adapter)
+    first = {"first": moments["first"] + np.float32(0.001)}
+    bent = replace_vector(desk.adapter, LAYOUT, vector, first)
+    assert desk.task(SECOND, 0, adapter=bent) is SiteCode.PROTOCOL_ABORTED
+    assert desk.task(SECOND, 0) is SiteCode.READY, "control: the honest one"
+    desk.close()
 
 
 def test_a_run_beside_it_does_not_end_the_recomputing(tmp_path):

@@ -25,7 +25,8 @@ from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.errors import IdentityError, LedgerRolledBack, SiteCode
 from fedward.identity import Identity
 from fedward.messages import Letter, open_letter, seal_letter
-from fedward.plan import Cohort, Plan, Privacy, Tuner
+from fedward.plan import Plan, Privacy, Tuner
+from fedward.plan_aggregation import Cohort
 from fedward.privacy.ledger import Ledger
 from fedward.typed_toml import dump
 from tests.client.desk import PLAN, POLICY, RUN, SITES, Desk, replaced

@@ -11,7 +11,8 @@ import pytest
 
 from fedward.client.policy import Policy, load_policy
 from fedward.errors import ConfigurationError, InvalidValue, PolicyRefusal
-from fedward.plan import Cohort, Model, Plan, Privacy, Rounds, Tuner
+from fedward.plan import Model, Plan, Privacy, Rounds, Tuner
+from fedward.plan_aggregation import Cohort
 from fedward.typed_toml import dump
 
 PLAN = Plan(

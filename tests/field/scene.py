@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fedward.client.policy import Policy
 from fedward.client.site_folder import SiteFolder
-from fedward.plan import Aggregation, Cohort, Data, Model, Plan, Privacy, Rounds, Task, Tuner
+from fedward.plan import Data, Model, Plan, Privacy, Rounds, Task, Tuner
+from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.simulations.notes import SERVICES, vocabulary
 from fedward.tuning.small import build_llama, build_tokenizer
 

@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.schemes import next_vector
+from fedward.aggregation.server_optimizer import next_state
 from fedward.attempt import Attempt
 from fedward.client.app import client_app
 from fedward.client.policy import Policy
@@ -20,10 +21,11 @@ from fedward.errors import CohortTooSmall, DataError, IdentityError, RoundError
 from fedward.identity import Identity
 from fedward.messages import Letter, open_letter, seal_letter
 from fedward.plan import Plan
+from fedward.plan_aggregation import Aggregation
 from fedward.server.rounds import RoundEngine
 from fedward.server.store import EVERYBODY, Phase, RunStore
 from fedward.simulations.grid import FIRST_NODE, LocalGrid
-from fedward.tuning.vector import vector_of
+from fedward.tuning.vector import moments_of, vector_of
 from tests.client.desk import LAYOUT, PLAN, POLICY, RUN, START, Desk, other_plan
 
 HASTY = dataclasses.replace(PLAN, rounds=dataclasses.replace(PLAN.rounds, deadline="1s"))
@@ -117,12 +119,34 @@ def test_every_round_is_committed_once_and_the_adapter_follows_from_the_sums(mak
     assert np.array_equal(vector_of(adapter, LAYOUT), vector)
 
 
-def tasks(rig: Rig) -> dict[tuple[int, int, int], set[str]]:
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_sites_recompute_what_a_server_optimizer_does(make_rig, optimizer):
+    aggregation = Aggregation(optimizer=optimizer, server_learning_rate=0.5)
+    plan = dataclasses.replace(PLAN, aggregation=aggregation)
+    rig = make_rig(plan=plan)
+    adapter = rig.run()
+    assert rig.cohorts == [[0, 1, 2, 3]] * 3
+    without = {parts for (number, *_), parts in tasks(rig).items() if number > 1}
+    assert without == {frozenset({"plan", "layout", "sum", "cohort", "attempt"})}
+    vector, moments = vector_of(START, LAYOUT), moments_of(START)
+    for number, (_, facts) in enumerate(rig.facts(Phase.COMMITTED), start=1):
+        attempt = Attempt(run=RUN, round=number)
+        parameters = planned_session(
+            plan, rig.desk.roster, attempt, task_hash=bytes(32), dimension=10
+        )
+        words = np.frombuffer(rig.store.blob(facts["sum"]), dtype=np.int32)
+        mean = words * parameters.grid.gamma / 4
+        vector, moments = next_state(vector, moments, mean, aggregation)
+    assert np.array_equal(vector_of(adapter, LAYOUT), vector)
+    assert moments_of(adapter).keys() == moments.keys()
+
+
+def tasks(rig: Rig) -> dict[tuple[int, int, int], frozenset[str]]:
     """Round, attempt and site of each task that was sent, with the names of its parts."""
     sent = [m for m in rig.seen if m.metadata.message_type == "train"]
     asked = [m.content for m in sent if m.metadata.dst_node_id in rig.nodes.values()]
     letters = [open_letter(c, rig.desk.identity.public_key, "coordinator") for c in asked]
-    return {(t.attempt.round, t.attempt.attempt, t.site): set(t.parts) for t in letters}
+    return {(t.attempt.round, t.attempt.attempt, t.site): frozenset(t.parts) for t in letters}
 
 
 def test_who_has_the_last_adapter_is_sent_the_sum_alone(make_rig):

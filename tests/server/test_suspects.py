@@ -13,7 +13,7 @@ from fedward.aggregation.masks import Words
 from fedward.aggregation.transcript import party, sign
 from fedward.errors import CohortTooSmall, RoundError, SiteCode
 from fedward.messages import Letter, open_letter, seal_letter
-from fedward.plan import Cohort
+from fedward.plan_aggregation import Cohort
 from fedward.server import rounds
 from fedward.server.store import Phase
 from fedward.server.suspects import Record, proven

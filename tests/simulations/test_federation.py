@@ -14,7 +14,8 @@ from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.errors import CohortTooSmall, RoundError
 from fedward.messages import MESSAGE_TYPES
-from fedward.plan import Cohort, Plan
+from fedward.plan import Plan
+from fedward.plan_aggregation import Cohort
 from fedward.server.rounds import Observer
 from fedward.server.store import Phase
 from fedward.simulations.federation import Federation

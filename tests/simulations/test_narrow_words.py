@@ -7,7 +7,7 @@ import numpy as np
 from fedward.aggregation.packing import unpack
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.schemes import next_vector
-from fedward.plan import Aggregation
+from fedward.plan_aggregation import Aggregation
 from fedward.server.store import Phase
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import vector_of

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from fedward.plan import Aggregation, Data, Model, Plan, Rounds, Task, Tuner
+from fedward.plan import Data, Model, Plan, Rounds, Task, Tuner
+from fedward.plan_aggregation import Aggregation
 
 LABELS = ("cardiology", "neurology", "surgery")
 TEXTS = [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from fedward.errors import ModelError
-from fedward.plan import Aggregation
+from fedward.plan_aggregation import Aggregation
 from fedward.tuning.adapter import (
     adapter_state,
     flatten,

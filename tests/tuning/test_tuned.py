@@ -1,4 +1,4 @@
-from fedward.plan import Aggregation
+from fedward.plan_aggregation import Aggregation
 from fedward.tuning.adapter import adapter_state, from_bytes, layout
 from fedward.tuning.tuned import tuned_model
 from tests.tuning.rig import make_plan

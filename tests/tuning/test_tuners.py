@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel
 
 from fedward.errors import ConfigurationError
-from fedward.plan import Aggregation, Model, Task, Tuner
+from fedward.plan import Model, Task, Tuner
+from fedward.plan_aggregation import Aggregation
 from fedward.tuning.models import load_base
 from fedward.tuning.tuners import attach, trainable
 from tests.tuning.rig import make_plan

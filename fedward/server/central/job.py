@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedward import typed_toml
-from fedward.errors import ConfigurationError, InvalidValue
+from fedward.errors import ConfigurationError, InvalidValue, require
 from fedward.plan import Model
 
 Stage = Literal["sft", "reward", "dpo", "kto", "orpo", "grpo", "rloo", "ppo", "distill"]
@@ -27,11 +27,6 @@ STEP = "step:"
 _NAME = r"[a-z0-9][a-z0-9-]{0,63}"
 
 
-def _check(holds: bool, key: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise InvalidValue(key, value, allowed)
-
-
 def _is_plain(value: object) -> bool:
     if isinstance(value, list):
         return all(map(_is_plain, value))
@@ -42,7 +37,7 @@ def _is_plain(value: object) -> bool:
 
 def _check_plain(arguments: Mapping[str, Any]) -> None:
     for key, value in arguments.items():
-        _check(_is_plain(value), key, value, "text, numbers, true, false, or lists of them")
+        require(_is_plain(value), key, value, "text, numbers, true, false, or lists of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +114,8 @@ class Stop:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        _check(self.patience >= 1, "patience", self.patience, "1 or more")
-        _check(0 <= self.threshold < float("inf"), "threshold", self.threshold, "0 or more")
+        require(self.patience >= 1, "patience", self.patience, "1 or more")
+        require(0 <= self.threshold < float("inf"), "threshold", self.threshold, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +161,8 @@ class Step:
     def __post_init__(self) -> None:
         """Check every limit."""
         holds = re.fullmatch(_NAME, self.name) is not None
-        _check(holds, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
-        _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+        require(holds, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         needed = self.stage in REWARDED
         if needed is (self.reward is None):
             verb = "needs" if needed else "has no"
@@ -199,17 +194,17 @@ class Job:
     def __post_init__(self) -> None:
         """Check every limit."""
         holds = re.fullmatch(_NAME, self.name) is not None
-        _check(holds, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
+        require(holds, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
         done = list[str]()
         for step in self.steps:
-            _check(step.name not in done, "name", step.name, "another name for each step")
+            require(step.name not in done, "name", step.name, "another name for each step")
             for path in step.needs():
                 before = path.removeprefix(STEP)
                 if path.startswith(STEP) and before not in done:
                     allowed = f"an earlier step: {', '.join(done) or 'this is the first'}"
                     raise InvalidValue(f"[[steps]] {step.name}: model", path, allowed)
             done.append(step.name)
-        _check(bool(done), "steps", [], "at least one")
+        require(bool(done), "steps", [], "at least one")
 
 
 def load_job(path: Path) -> Job:

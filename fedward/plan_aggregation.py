@@ -1,0 +1,73 @@
+"""The parts of a plan that say who is summed, and what a sum becomes (DESIGN §7)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedward.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """``[cohort]``: how many sites a sum needs.
+
+    Args:
+        minimum: Fewest sites in a sum, max(3, colluders + 2) to 100000.
+        colluders: Sites that may work together with the coordinator, 0 or more.
+    """
+
+    minimum: int = 3
+    colluders: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        require(self.colluders >= 0, "colluders", self.colluders, "0 or more")
+        lowest = max(3, self.colluders + 2)
+        allowed = f"{lowest} to 100000 with {self.colluders} colluders"
+        require(lowest <= self.minimum <= 100000, "minimum", self.minimum, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregation:
+    """``[aggregation]``: what is summed and how it becomes the next adapter.
+
+    The keys from ``optimizer`` on are those of :mod:`fedward.aggregation.server_optimizer`.
+
+    Args:
+        scheme: ``fedavg`` (every trainable tensor) or ``ffa`` (LoRA's A frozen and orthonormal).
+        update_clip: L2 bound of a site's update, > 0; fixes the fixed-point grid.
+        word_bits: Bits of one word of the masked sum; 16 halve what a site sends.
+        weights: Site name to its weight in the mean, a number above 0 for every site; left out,
+            all weigh alike. No site may outweigh the ``minimum - 1 - colluders`` lightest others.
+        optimizer: What the coordinator does with the mean: add it (``none``), or ``momentum``,
+            ``adam``, ``yogi`` or ``adagrad`` over the rounds. Costs no privacy.
+        server_learning_rate: The mean, or what the optimizer makes of it, is multiplied by this
+            number, > 0.
+        beta_1: Decay of the first moment, 0 <= beta_1 < 1; not for ``none``.
+        beta_2: Decay of the second moment, 0 <= beta_2 < 1; for ``adam`` and ``yogi``.
+        tau: What is added to the root of the second moment, 1e-9 to 1; not for ``momentum``.
+    """
+
+    scheme: Literal["fedavg", "ffa"] = "fedavg"
+    update_clip: float = 1.0
+    word_bits: Literal[16, 32] = 32
+    weights: Mapping[str, float] | None = field(default=None, hash=False)
+    optimizer: Literal["none", "momentum", "adam", "yogi", "adagrad"] = "none"
+    server_learning_rate: float = 1.0
+    beta_1: float = 0.9
+    beta_2: float = 0.99
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        positive = 0 < self.update_clip < math.inf
+        require(positive, "update_clip", self.update_clip, "a number above 0")
+        rate = self.server_learning_rate
+        require(0 < rate <= 1e6, "server_learning_rate", rate, "above 0 and at most 1e6")
+        require(0 <= self.beta_1 < 1, "beta_1", self.beta_1, "at least 0 and below 1")
+        require(0 <= self.beta_2 < 1, "beta_2", self.beta_2, "at least 0 and below 1")
+        require(1e-9 <= self.tau <= 1, "tau", self.tau, "1e-9 to 1")
+        for name, weight in (self.weights or {}).items():
+            holds = type(weight) is float and 1e-9 <= weight <= 1e9
+            require(holds, f"weights.{name}", weight, "a number, 1e-9 to 1e9")
