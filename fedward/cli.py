@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedward import __version__
+from fedward import __version__, failpoints
 from fedward.client.cli import site_app
 from fedward.client.safe_logs import keep_records_out_of_logs
 from fedward.errors import ConfigurationError, FedwardError
@@ -129,6 +130,7 @@ def main() -> None:
         keep_records_out_of_logs()
     hook = sys.excepthook
     try:
+        failpoints.arm_from(os.environ)
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # typer's own answer to Ctrl-C
             _fail("interrupted; the same command with --resume goes on from here", _INTERRUPTED)

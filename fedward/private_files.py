@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedward import failpoints
 from fedward.errors import ConfigurationError
 
 
@@ -19,14 +20,18 @@ def write_private(path: Path, data: bytes) -> None:
 
     A crash at any instant leaves the old content or the new.
     """
+    failpoints.hit("file.write")
     scratch = path.with_name(path.name + ".part")
     scratch.unlink(missing_ok=True)
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
+        failpoints.hit("file.sync")
         os.fsync(file.fileno())
+    failpoints.hit("file.rename")
     scratch.replace(path)
+    failpoints.hit("file.renamed")
     sync_folder(path.parent)
 
 

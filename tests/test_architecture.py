@@ -18,6 +18,7 @@ LEAVES = {
     "canonical",
     "enrolment",
     "errors",
+    "failpoints",
     "identity",
     "messages",
     "plan",

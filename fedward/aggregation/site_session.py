@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedward import failpoints
 from fedward.aggregation import shamir, wire
 from fedward.aggregation.cohort import Cohort, PinnedKeys, form_cohort, hello_fields
 from fedward.aggregation.complaints import Complaint
@@ -221,6 +222,7 @@ class SiteSession:
             new_state, reply = work(state, message)
         except CohortTooSmall as error:
             raise ProtocolError(str(error)) from error
+        failpoints.hit("session.advanced")
         self._state, self._answers = new_state, {**answers, key: reply}
         return reply
 
@@ -296,6 +298,7 @@ class SiteSession:
         u2_hash = cohort_hash(sid, u2)
         self._apply_masks(state, near, u2_hash, words)
         input_hash = hashlib.sha256(words.data).digest()
+        failpoints.hit("session.masked")
         # From here on the input may be part of a sum: it is never masked a second time.
         self._memory.mark_spent(self._expected.attempt)
         bound = (sid, u2_hash, party(self._site), input_hash)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import RecordDict
 
+from fedward import failpoints
 from fedward.aggregation.complaints import Complaint
 from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.masks import Words
@@ -135,12 +136,15 @@ class Agent:
         if known is not None and known[0] == asked:
             self._note("answered again", {"action": letter.action, "asked": asked.hex()})
             return known[1]
+        failpoints.hit("agent.letter")
         code, parts = self._act(letter)
+        failpoints.hit("agent.acted")
         try:
             self._note("answered", answer_facts(letter, code, parts))
         except LedgerError as error:  # what is not in the journal does not leave
             _LOG.warning("round %d: %s", letter.attempt.round, error)
             code, parts = code_of(error), {}
+        failpoints.hit("agent.answered")
         reply = Letter(
             action=letter.action,
             attempt=letter.attempt,
@@ -228,7 +232,9 @@ class Agent:
             plan=plan, attempt=attempt, draw=draw, adapter=adapter, layout=layout
         )
         self._trainer.prepare(request)  # before the ledger commits a whole run to this plan
+        failpoints.hit("agent.prepared")
         self._memory.keep_task(attempt, adapter)
+        failpoints.hit("agent.kept")
         self._ledger.open_run(
             attempt.run,
             plan.hash(),
@@ -236,9 +242,12 @@ class Agent:
             plan.rounds.count + plan.rounds.spare,
             metrics=metric_event(plan),
         )
+        failpoints.hit("agent.opened")
         self._note("reserved", reservation_facts(plan, attempt, self._policy, approval))
         self._ledger.reserve(attempt, journal=self._journal.head if self._journal else None)
+        failpoints.hit("agent.reserved")
         result = self._held(request) or self._trainer.train(request)
+        failpoints.hit("agent.trained")
         session = SiteSession(
             identity=self._identity,
             site=self._site,

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from fedward import failpoints
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json
 from fedward.client.policy import Policy
@@ -71,7 +72,9 @@ class Journal:
             LedgerError: It could not be written: what it was to record must not happen.
         """
         when = self._clock().isoformat(timespec="milliseconds")
+        failpoints.hit("journal.record")
         self._chain.append({"time": when, "what": what, **(facts or {})})
+        failpoints.hit("journal.recorded")
 
     def close(self) -> None:
         """Let the file go."""

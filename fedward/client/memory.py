@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
+from fedward import failpoints
 from fedward.aggregation.transcript import Outcome
 from fedward.attempt import Attempt
 from fedward.canonical import canonical_json, digest
@@ -84,7 +85,9 @@ class SiteMemory:
 
     def begin(self, attempt: Attempt) -> None:
         """Record that the attempt is now the newest of its run."""
+        failpoints.hit("memory.begin")
         self._chain.append({"kind": "begin", "run": attempt.run, "order": attempt.order})
+        failpoints.hit("memory.begun")
         self._newest[attempt.run] = attempt.order
         self._begin(attempt.run)
 
@@ -104,6 +107,7 @@ class SiteMemory:
         self._chain.append(
             {"kind": "signed", "session": session, "survivors": survivors, "cohort": cohort}
         )
+        failpoints.hit("memory.signed")
         self._signed[session] = survivors
         self._sign(cohort)
 
@@ -120,6 +124,7 @@ class SiteMemory:
         body = canonical_json([attempt.run, *attempt.order]) + b"\n" + adapter
         make_private_folder(self._tasks)
         write_private(self._task_file(attempt.run), self._identity.seal(_TASK, body))
+        failpoints.hit("memory.task")
         kept = sorted(self._tasks.glob("*.signed"), key=lambda path: path.stat().st_mtime_ns)
         for path in kept[:-_RUNS]:
             path.unlink()
@@ -148,12 +153,14 @@ class SiteMemory:
         """Record a receipt that was checked, if it is for a newer line than the one kept."""
         if receipt.seq > self._acknowledged:
             head = self._ledger.line(receipt.seq)
+            failpoints.hit("memory.receipt")
             self._chain.append({"kind": "receipt", "head": head, **vars(receipt)})
             self._acknowledged = receipt.seq
 
     def remember_released(self, session: bytes) -> None:
         """Record that the site's shares of the session count as released."""
         self._chain.append({"kind": "released", "session": session.hex()})
+        failpoints.hit("memory.released")
 
     def _begin(self, run: str) -> None:
         self._begun = run

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,12 @@ class Pulse:
 
     Args:
         path: Where it lies.
+        clock: Unix seconds; only simulations replace it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, threading.RLock()
-        now = time.time()
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._clock, self._lock = path, clock, threading.RLock()
+        now = clock()
         self._life = Life(pid=os.getpid(), started=now, beat=now)
         self.beat()
 
@@ -57,7 +59,7 @@ class Pulse:
     def progress(self, step: int) -> None:
         """Take a sign of life from the trainer."""
         with self._lock:
-            self._say(dataclasses.replace(self._life, step=step, progress=time.time()))
+            self._say(dataclasses.replace(self._life, step=step, progress=self._clock()))
 
     def beat(self) -> None:
         """Say that the process lives."""
@@ -71,7 +73,7 @@ class Pulse:
 
     def _say(self, life: Life) -> None:
         with self._lock:
-            self._life = dataclasses.replace(life, beat=time.time())
+            self._life = dataclasses.replace(life, beat=self._clock())
             scratch = self._path.with_name(f"{self._path.name}.part")
             # Not synced: after a power loss there is no process to tell of.
             descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

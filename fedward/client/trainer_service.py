@@ -18,6 +18,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from fedward import failpoints
 from fedward.attempt import Attempt
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
@@ -172,13 +173,16 @@ class TrainerService(rpc.TrainerServicer):
     def _prepare(self, asked: Iterator[wire.Asked]) -> Iterator[wire.Answer]:
         trainer, request = self._request(asked)
         trainer.prepare(request)
+        failpoints.hit("trainer.prepared")
         yield wire.Answer(done=wire.Done())
 
     def _train(self, asked: Iterator[wire.Asked]) -> Iterator[wire.Answer]:
         trainer, request = self._request(asked)
         result = trainer.train(request)
+        failpoints.hit("trainer.trained")
         yield from _vector(wire.TYPE_FLOAT32, result.update.astype("<f4", copy=False))
         yield from _vector(wire.TYPE_FLOAT64, result.slots.astype("<f8", copy=False))
+        failpoints.hit("trainer.told")
 
     def _evaluate(self, asked: Iterator[wire.Asked]) -> Iterator[wire.Answer]:
         task, plan = _task(asked)
@@ -209,6 +213,7 @@ class TrainerService(rpc.TrainerServicer):
         layout = layout_from_bytes(task.layout)
         trainer = self._trainer(plan, task)
         adapter = _adapter(asked, task, len(trainer.tuned(plan).start))
+        failpoints.hit("trainer.asked")
         return trainer, TrainRequest(
             plan=plan, attempt=attempt, draw=task.draw, adapter=adapter, layout=layout
         )

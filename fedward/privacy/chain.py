@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fedward import failpoints
 from fedward.canonical import Json, canonical_json
 from fedward.errors import IdentityError, LedgerError, LedgerRolledBack
 from fedward.identity import Identity, verify
@@ -103,6 +104,7 @@ class Chain:
         self._broken = True  # until it is known that all of it is there, or none
         self._write(line)
         self._broken = False
+        failpoints.hit("chain.written")
         self.entries.append(json.loads(line)["entry"])
         self._hashes.append(own.hex())
         self._size += len(line)
@@ -168,6 +170,7 @@ class Chain:
     def _write(self, line: bytes) -> None:
         """Write all of a line and wait for the disk, or raise; a full disk leaves nothing of it."""
         try:
+            failpoints.hit("chain.write")
             rest = memoryview(line)
             while rest:  # a write may be short without an error
                 rest = rest[os.write(self._descriptor, rest) :]
@@ -178,6 +181,7 @@ class Chain:
                 self._broken = False
             raise self._unwritable(error) from error
         try:
+            failpoints.hit("chain.sync")
             os.fsync(self._descriptor)
         except OSError as error:
             raise self._unwritable(error) from error
@@ -187,12 +191,14 @@ class Chain:
         return LedgerError(f"{self._path}: cannot be written: {error.strerror}; {back}")
 
     def _read(self) -> None:
+        failpoints.hit("chain.open")
         data = self._path.read_bytes()
         lines = read_lines(data, self._identity.public_key, purpose=self._purpose, path=self._path)
         self.entries = [entry for entry, _ in lines]
         self._hashes = [own for _, own in lines]
         self._size = data.rfind(b"\n") + 1
         if self._size < len(data):
+            failpoints.hit("chain.cut")
             os.ftruncate(self._descriptor, self._size)
             os.fsync(self._descriptor)
 

@@ -14,6 +14,7 @@ entries mean is in :mod:`fedward.privacy.books`; this module writes them down.
 from pathlib import Path
 from typing import Any, Self
 
+from fedward import failpoints
 from fedward.attempt import Attempt
 from fedward.errors import InvalidValue, LedgerError
 from fedward.identity import Identity
@@ -117,6 +118,7 @@ class Ledger(Books):
                 raise LedgerError(f"run {run!r} is known with another plan or cost; refuse it")
             return
         order, alone = self._admit(tuple(e.times(reservations) for e in events), run)
+        failpoints.hit("ledger.run")
         self._write(
             {
                 "kind": "run",
@@ -147,6 +149,7 @@ class Ledger(Books):
         if attempt.order in self._known(attempt.run).open:
             return
         witness = {} if journal is None else {"journal": list(journal)}
+        failpoints.hit("ledger.reserve")
         self._write(_entry("reserve", attempt) | witness)
 
     def mark_sent(self, attempt: Attempt) -> None:
@@ -158,6 +161,7 @@ class Ledger(Books):
             LedgerError: The attempt holds no reservation.
         """
         if attempt.order not in self._known(attempt.run).sent:
+            failpoints.hit("ledger.sent")
             self._write(_entry("sent", attempt))
 
     def release(self, run: str) -> None:
@@ -181,6 +185,7 @@ class Ledger(Books):
     def _write(self, entry: dict[str, Any]) -> None:
         after = self._after(entry)  # raises before anything is written
         self._chain.append(entry)
+        failpoints.hit("ledger.written")
         self._runs[entry["run"]] = after
 
 

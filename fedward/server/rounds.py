@@ -10,11 +10,13 @@ that is late, silent or wrong is left out and recorded; too few sites end the at
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedward import failpoints
 from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import check_mean
 from fedward.aggregation.planned import planned_session
@@ -50,6 +52,19 @@ from fedward.tuning.vector import (
 Observer = Callable[[Attempt, Phase, int, Json], None]
 """Told of every event after it is durable: attempt, phase, site (or EVERYBODY), facts."""
 
+
+class Clock(Protocol):
+    """A clock of seconds; the module ``time`` is one."""
+
+    def monotonic(self) -> float:
+        """Seconds since some instant."""
+        ...
+
+    def sleep(self, seconds: float, /) -> None:
+        """Let them pass."""
+        ...
+
+
 _EXTRA_ATTEMPTS = 3
 """Attempts at one round in one go beyond the plan's spare rounds, for those that cost nothing."""
 
@@ -67,6 +82,7 @@ class RoundEngine:
         start: The adapter's first state.
         layout: Names and shapes of the trainable tensors, in the order of an update.
         observer: Told of every event.
+        clock: What deadlines are measured by; only simulations replace it.
     """
 
     def __init__(
@@ -81,6 +97,7 @@ class RoundEngine:
         start: bytes,
         layout: Layout,
         observer: Observer = lambda *_: None,
+        clock: Clock = time,
     ) -> None:
         if identity.public_key != roster.coordinator:
             raise IdentityError("the coordinator's key is not the one in the roster")
@@ -90,7 +107,7 @@ class RoundEngine:
         self._left_out = set[tuple[Attempt, int]]()
         self._tally: Tally | None = None
         self._silent = frozenset[int]()
-        self._anchors = Anchors(identity, roster, store)
+        self._anchors, self._clock = Anchors(identity, roster, store), clock
 
     def run(self, grid: Grid) -> bytes:
         """Run every round that is not committed yet; returns the final adapter.
@@ -120,8 +137,10 @@ class RoundEngine:
         for number in range(first, last + 1):
             attempt = Attempt(run=self._run, round=state.committed + 1, attempt=number)
             self._record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
+            failpoints.hit("round.started")
             try:
                 result = self._session(grid, attempt, state)
+                failpoints.hit("round.summed")
                 adapter = self._next(state, result)
             except (ProtocolError, CohortTooSmall) as error:
                 self._record(attempt, Phase.ABORTED, {"reason": str(error), **self._blame(error)})
@@ -153,7 +172,9 @@ class RoundEngine:
             **({} if self._plan.metrics is None else {"slots": result.slots}),
             **self._blame(),
         }
+        failpoints.hit("round.kept")
         self._record(attempt, Phase.COMMITTED, facts)
+        failpoints.hit("round.committed")
 
     def _session(self, grid: Grid, attempt: Attempt, state: State) -> SumResult:
         """One execution of the protocol, from the task to the sum."""
@@ -176,6 +197,7 @@ class RoundEngine:
         ):
             self._exchange(grid, attempt, action, phase, todo, add)
             todo = close()
+            failpoints.hit("round.closed")
         self._exchange(grid, attempt, "unmask", Phase.UNMASKED, todo, tally.add_unmask)
         return tally.result()
 
@@ -294,7 +316,10 @@ class RoundEngine:
             for site, parts in todo.items()
         ]
         accepted, refused = dict[int, Letter](), dict.fromkeys(todo, _SILENT)
-        for message in _collect(grid, messages, self._plan.rounds.deadline_seconds):
+        failpoints.hit("round.asked")
+        found = _collect(grid, messages, self._plan.rounds.deadline_seconds, self._clock)
+        failpoints.hit("round.answered")
+        for message in found:
             site = nodes.get(message.metadata.src_node_id)
             if site is None or message.has_error():
                 continue
@@ -338,16 +363,16 @@ class _NoHope(CohortTooSmall):
     """So many sites refuse that another attempt would fail alike."""
 
 
-def _collect(grid: Grid, messages: list[Message], seconds: float) -> list[Message]:
+def _collect(grid: Grid, messages: list[Message], seconds: float, clock: Clock) -> list[Message]:
     """Push messages and pull replies until all are there or the time is over."""
     waiting = set(grid.push_messages(messages))
-    end, pause, found = time.monotonic() + seconds, 0.001, list[Message]()
-    while waiting and time.monotonic() < end:
+    end, pause, found = clock.monotonic() + seconds, 0.001, list[Message]()
+    while waiting and clock.monotonic() < end:
         replies = list(grid.pull_messages(waiting))
         found += replies
         waiting -= {reply.metadata.reply_to_message_id for reply in replies}
         if waiting and not replies:
-            time.sleep(pause)
+            clock.sleep(pause)
             pause = min(pause * 1.5, _POLL_SECONDS)
     return found
 

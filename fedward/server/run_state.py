@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedward import failpoints
 from fedward.canonical import canonical_json
 from fedward.errors import RoundError
 from fedward.plan import Plan
@@ -69,6 +70,7 @@ def fold(store: RunStore, run: str, plan: Plan, start: bytes) -> State:
                 "cohort": canonical_json(facts["cohort"]),
                 "attempt": canonical_json(event.attempt.attempt),
             }
+    failpoints.hit("round.folded")
     if committed:
         previous["sum"] = store.blob(total)
     return State(

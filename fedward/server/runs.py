@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from fedward import failpoints
 from fedward.errors import InvalidValue, RoundError
 from fedward.plan import Plan, from_json
 from fedward.server.database import connect, transaction
@@ -129,7 +130,9 @@ class RunBook:
             if now is not state:
                 if now not in _FROM[state]:
                     raise RoundError(f"run {name!r} is {now}: it cannot become {state}")
+                failpoints.hit("book.change")
                 self._append(db, name, state, reason)
+                failpoints.hit("book.changed")
         return self.get(name)
 
     def get(self, name: str) -> Run:

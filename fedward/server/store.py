@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from fedward import failpoints
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json, digest
 from fedward.errors import RoundError
@@ -103,6 +104,7 @@ class RunStore:
                 if row[0] != payload:
                     raise RoundError(f"{phase} of {attempt} was recorded with other facts")
                 return
+            failpoints.hit("store.record")
             head = self._head()
             hashed = _chain(head, attempt, site, phase.value, payload)
             self._db.execute(
@@ -110,6 +112,8 @@ class RunStore:
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (*key, payload, hashed),
             )
+            failpoints.hit("store.commit")
+        failpoints.hit("store.recorded")
 
     def events(self, run: str) -> list[Event]:
         """All events of a run, oldest first, after checking the whole chain.
@@ -152,6 +156,7 @@ class RunStore:
         name = hashlib.sha256(data).hexdigest()
         path = self._blobs / name
         if not path.exists():
+            failpoints.hit("store.blob")
             write_private(path, data)
         return name
 
