@@ -171,6 +171,8 @@ class Rounds:
         normaliser: Clipped sums are divided by this constant, > 0, whatever was drawn.
         learning_rate: Step size of the local optimizer, > 0.
         optimizer: Local optimizer, new in every round: ``adamw`` or ``sgd``.
+        proximal: FedProx's mu, >= 0: how hard local steps are pulled to the round's start (Li et
+            al. 2020, arXiv 1812.06127). The pull follows clip and noise, and costs no privacy.
         deadline: Longest time a stage of a round may take: a number with s, m or h.
         physical_batch: Most records in one backward pass, 1 to 4096, and never fewer than
             ``records_per_unit``; a site may allow less. Decides memory, not the update.
@@ -183,6 +185,7 @@ class Rounds:
     learning_rate: float
     spare: int = 2
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    proximal: float = 0.0
     deadline: str = "60m"
     physical_batch: int = 64
 
@@ -197,6 +200,7 @@ class Rounds:
         require(positive, "normaliser", self.normaliser, "a number above 0")
         positive = 0 < self.learning_rate < math.inf
         require(positive, "learning_rate", self.learning_rate, "a number above 0")
+        require(0 <= self.proximal < math.inf, "proximal", self.proximal, "0 or more")
         shape = re.fullmatch(r"[1-9][0-9]{0,6}[smh]", self.deadline)
         require(shape is not None, "deadline", self.deadline, "a number with s, m or h, like '60m'")
         batch = self.physical_batch

@@ -142,11 +142,12 @@ REFUSED: list[tuple[Any, ...]] = [
     ("rounds", "normaliser", [0.0, -1.0, math.inf], POSITIVE),
     ("rounds", "learning_rate", [0.0, -1.0, math.inf], POSITIVE),
     ("rounds", "optimizer", ["adam"], "one of 'adamw', 'sgd'"),
+    ("rounds", "proximal", [-0.1, math.inf], "0 or more"),
     ("rounds", "deadline", ["", "60", "0m", "-5m", "1d", "1.5h", "12345678s"], "like '60m'"),
     ("rounds", "physical_batch", [0, 4097], "1 to 4096 records"),
     ("cohort", "minimum", [-3, 2, 100001], "3 to 100000 with 1 colluders"),
     ("cohort", "colluders", [-1], "0 or more"),
-    ("aggregation", "scheme", ["mean"], "one of 'fedavg', 'ffa'"),
+    ("aggregation", "scheme", ["mean"], "one of 'fedavg', 'ffa', 'alternating'"),
     ("aggregation", "update_clip", [0.0, -1.0, math.inf], POSITIVE),
     ("aggregation", "word_bits", [8, 64, "32"], "one of 16, 32"),
     ("aggregation", "weights", [[1.0], "uniform"], "a section"),
@@ -377,12 +378,13 @@ def test_the_hash_of_a_plan_is_fixed(file, full):
         b'"name":"ward",'
         b'"privacy":{"clip":1.0,"delta":1e-06,"epsilon":8.0,"records_per_unit":4},'
         b'"rounds":{"count":2,"deadline":"60m","learning_rate":0.1,"normaliser":8.0,'
-        b'"optimizer":"adamw","physical_batch":64,"sampling_rate":0.5,"spare":2,"steps":3},'
+        b'"optimizer":"adamw","physical_batch":64,"proximal":0.0,"sampling_rate":0.5,"spare":2,'
+        b'"steps":3},'
         b'"seed":0,'
         b'"task":{"labels":[],"max_length":512,"objective":"sft"},'
         b'"tuner":{"arguments":{},"method":"lora"}}'
     )
-    assert full.hash().hex() == "3d1e5222012be4721a97cdc34990d581348f10c3e84bad34ba0c3f472643533c"
+    assert full.hash().hex() == "f1c671ecbc5e8787b907b82ace7b2bc6ba588b5721d35fa48d67a676d860eb97"
 
 
 CHANGES: dict[str, list[dict[str, Any]]] = {
@@ -423,6 +425,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"learning_rate": 3e-4},
         {"optimizer": "adamw"},
         {"deadline": "91s"},
+        {"proximal": 0.1},
         {"physical_batch": 32},
     ],
     "cohort": [{"minimum": 5}, {"colluders": 1}],

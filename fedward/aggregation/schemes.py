@@ -1,10 +1,10 @@
 """How a decoded sum becomes the next adapter. Sites recompute the rule bit for bit.
 
-Both schemes add the mean update to the trained parameters; which parameters those are is the
-tuner's business. ``fedavg`` trains and sends every trainable tensor (McMahan et al. 2017, Algorithm
+Every scheme adds the mean update to the parameters that the round trained; which those are is said
+by the tuner and by :func:`fedward.tuning.vector.round_layout`. ``fedavg`` trains and sends every trainable tensor (McMahan et al. 2017, Algorithm
 1). ``ffa`` trains and sends LoRA's B alone (Sun et al. 2024, FFA-LoRA, section 4): the mean of
 B_k·A is the product of the mean B with A, so the rule is exact on the weights, and noise enters
-linearly.
+linearly. ``alternating`` sends B and A in turn: as exact, and the subspace moves.
 """
 
 import numpy as np

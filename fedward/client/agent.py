@@ -5,9 +5,7 @@ durable before the answer leaves: the reservation before training, the mark "sen
 update, the signed survivor set before its signature. The same letter again gets the same bytes.
 """
 
-import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from fedward.canonical import Json
 from fedward.client.approval import Consent
 from fedward.client.codes import LIBRARY_ERRORS, code_of, reason_of, safe_repr
 from fedward.client.journal import Journal, answer_facts, reservation_facts
+from fedward.client.last_round import read_cohort, read_committed
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import Policy
 from fedward.client.training import Trainer, TrainRequest, TrainResult
@@ -54,7 +53,9 @@ from fedward.tuning.vector import (
     layout_from_bytes,
     moments_of,
     replace_vector,
+    round_layout,
     vector_of,
+    without_moments,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -221,15 +222,19 @@ class Agent:
             raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
         adapter = self._adapter(letter, plan, layout)
         draw = self._ledger.spent_in(attempt)
+        request = TrainRequest(
+            plan=plan,
+            attempt=attempt,
+            draw=draw,
+            adapter=without_moments(adapter),
+            layout=layout,
+        )
         expected = planned_session(
             plan,
             self._roster,
             attempt,
             task_hash=task_hash(adapter, plan.hash(), plan.aggregation.scheme),
-            dimension=dimension(layout),
-        )
-        request = TrainRequest(
-            plan=plan, attempt=attempt, draw=draw, adapter=adapter, layout=layout
+            dimension=dimension(request.trained),
         )
         self._trainer.prepare(request)  # before the ledger commits a whole run to this plan
         failpoints.hit("agent.prepared")
@@ -313,12 +318,13 @@ class Agent:
         self, letter: Letter, plan: Plan, layout: Layout, then: Attempt, before: bytes
     ) -> bytes:
         """What the adapter before and the published sum give; a task's own must be the same."""
-        cohort = self._cohort(letter.part("cohort"), plan)
-        committed = _committed(letter.part("attempt"), then)
+        cohort = read_cohort(letter.part("cohort"), self._roster, plan)
+        committed = read_committed(letter.part("attempt"), then)
         # What it signed in an attempt that came to nothing binds no attempt that it missed.
         if self._memory.cohort(committed) not in {None, cohort}:
             raise ProtocolError("the published cohort is not the one this site signed")
-        start = vector_of(before, layout)
+        trained = round_layout(layout, plan.aggregation.scheme, then.round)
+        start = vector_of(before, trained)
         parameters = planned_session(
             plan, self._roster, committed, task_hash=bytes(32), dimension=len(start)
         )
@@ -327,24 +333,10 @@ class Agent:
         mean = total / parameters.divisor(cohort)
         check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
         vector, moments = next_state(start, moments_of(before), mean, plan.aggregation)
-        expected = replace_vector(before, layout, vector, moments)
+        expected = replace_vector(before, trained, vector, moments)
         if letter.parts.get("adapter", expected) != expected:
             raise ProtocolError("the adapter is not what the published sum gives")
         return expected
-
-    def _cohort(self, data: bytes, plan: Plan) -> tuple[int, ...]:
-        """Read a published cohort: ids of the roster, ascending, at least the minimum."""
-        try:
-            cohort = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ProtocolError("the published cohort is not JSON") from error
-        known = {member.id for member in self._roster.members}
-        holds = isinstance(cohort, list) and all(type(site) is int for site in cohort)
-        if not holds or cohort != sorted(known.intersection(cohort)):
-            raise ProtocolError("the published cohort is not ascending ids of the roster")
-        if len(cohort) < plan.cohort.minimum:
-            raise ProtocolError("the published cohort is smaller than the minimum")
-        return tuple(cohort)
 
     def _exchange(self, letter: Letter) -> Mapping[str, bytes]:
         """One exchange of the session that the last task opened."""
@@ -381,20 +373,10 @@ class Agent:
         if self._ledger.plan_of(attempt.run) != plan.hash():
             return SiteCode.REFUSED_PLAN
         try:
-            metrics = self._trainer.evaluate(plan, letter.part("adapter"))
+            adapter = without_moments(letter.part("adapter"))
+            metrics = self._trainer.evaluate(plan, adapter)
         except (FedwardError, *LIBRARY_ERRORS) as error:
             _LOG.warning("round %d: no evaluation: %s", attempt.round, safe_repr(error))
         else:
             _LOG.info("round %d: loss %.4f on own held-out records", attempt.round, metrics.loss)
         return SiteCode.DONE
-
-
-def _committed(data: bytes, last: Attempt) -> Attempt:
-    """Read which attempt at the last round was committed: this site's last one, or a later."""
-    try:
-        number = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("the committed attempt is not JSON") from error
-    if type(number) is not int or number < last.attempt:
-        raise ProtocolError(f"attempt {last.attempt} was this site's, and no earlier one counts")
-    return dataclasses.replace(last, attempt=number)

@@ -94,7 +94,7 @@ class RemoteTrainer:
     def train(self, request: TrainRequest) -> TrainResult:
         """See :meth:`fedward.client.training.Trainer.train`."""
         slots = 0 if request.plan.metrics is None else len(METRIC_SLOTS)
-        length = dimension(request.layout)
+        length = dimension(request.trained)
 
         def read(answers: Iterator[wire.Answer]) -> TrainResult:
             update = self._vector(answers, wire.TYPE_FLOAT32, length, np.dtype("<f4"))

@@ -29,7 +29,7 @@ from fedward.tuning.metrics import evaluate
 from fedward.tuning.objectives import Encoded, collate, encode, loss_per_example
 from fedward.tuning.records import Records, merge, select
 from fedward.tuning.tuned import Tuned, tuned_model
-from fedward.tuning.tuners import trainable
+from fedward.tuning.tuners import trainable, training_only
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,23 +105,25 @@ class LocalTrainer:
         plan = request.plan
         self.prepare(request)
         model = self.tuned(plan).model
-        start = flatten(model)
         stream = self._stream(request)
         units, encoded = self._encode(plan, self._records, held_out=False)
         if not (units or plan.privacy.enabled):
             raise DataError("this site has no training records: expected at least one patient")
-        train_model(
-            model,
-            units,
-            encoded,
-            plan,
-            mechanism(plan),
-            steps=plan.rounds.steps,
-            stream=stream,
-            physical_batch=self._physical_batch,
-            on_step=self._on_step,
-        )
-        update = flatten(model) - start
+        with training_only(model, {name for name, _ in request.trained}):
+            start = flatten(model)
+            train_model(
+                model,
+                units,
+                encoded,
+                plan,
+                mechanism(plan),
+                steps=plan.rounds.steps,
+                stream=stream,
+                proximal=plan.rounds.proximal,
+                physical_batch=self._physical_batch,
+                on_step=self._on_step,
+            )
+            update = flatten(model) - start
         if not np.isfinite(update).all():
             raise ModelError("training gave numbers that are not finite: lower learning_rate")
         return TrainResult(update=update, slots=self._slots(plan, model, stream))
@@ -214,10 +216,13 @@ def train_model(
     *,
     steps: int,
     stream: SecureStream,
+    proximal: float = 0.0,
     physical_batch: int = 64,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
     """Run the plan's local optimizer for some steps over one set of units, in place.
+
+    With ``proximal`` each step's private gradient gets that many times the way from the start.
 
     Raises:
         ModelError: Training failed. Without privacy also if no unit had a finite gradient; with it,
@@ -231,11 +236,14 @@ def train_model(
 
     parameters = list(trainable(model).values())
     kind = torch.optim.AdamW if plan.rounds.optimizer == "adamw" else torch.optim.SGD
+    optimizer = kind(parameters, lr=plan.rounds.learning_rate, weight_decay=0.0)
+    if proximal:
+        _stay_near(optimizer, parameters, proximal)
     facts = train_steps(
         model,
         units,
         loss,
-        kind(parameters, lr=plan.rounds.learning_rate, weight_decay=0.0),
+        optimizer,
         step,
         steps=steps,
         stream=stream,
@@ -250,6 +258,21 @@ def train_model(
         if not plan.privacy.enabled:
             raise ModelError(problem)
         _LOG.warning("%s; the update is noise alone", problem)
+
+
+def _stay_near(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], weight: float
+) -> None:
+    """Pull every step towards where the parameters are now: after clip and noise, without data."""
+    starts = [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    def pull(*_: object) -> None:
+        with torch.no_grad():
+            for parameter, start in starts:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter - start, alpha=weight)
+
+    optimizer.register_step_pre_hook(pull)
 
 
 def _fits(records: Records, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> bool:

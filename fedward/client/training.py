@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedward.attempt import Attempt
 from fedward.plan import Plan
-from fedward.tuning.vector import Layout
+from fedward.tuning.vector import Layout, round_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,11 @@ class TrainRequest:
     draw: int
     adapter: bytes
     layout: Layout
+
+    @property
+    def trained(self) -> Layout:
+        """Those of them that this round trains: the order of the update."""
+        return round_layout(self.layout, self.plan.aggregation.scheme, self.attempt.round)
 
 
 @dataclass(frozen=True, kw_only=True)

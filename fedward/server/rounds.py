@@ -46,6 +46,7 @@ from fedward.tuning.vector import (
     layout_to_bytes,
     moments_of,
     replace_vector,
+    round_layout,
     vector_of,
 )
 
@@ -159,9 +160,10 @@ class RoundEngine:
         """The next adapter; a sum that every site would refuse is never committed."""
         mean, settings, before = result.mean, self._plan.aggregation, state.adapter
         check_mean(mean, result.parameters, result.cohort, settings.update_clip)
-        start = vector_of(before, self._layout)
+        layout = round_layout(self._layout, settings.scheme, state.committed + 1)
+        start = vector_of(before, layout)
         vector, moments = next_state(start, moments_of(before), mean, settings)
-        return replace_vector(before, self._layout, vector, moments)
+        return replace_vector(before, layout, vector, moments)
 
     def _commit(self, attempt: Attempt, adapter: bytes, result: SumResult) -> None:
         facts: Json = {
@@ -178,12 +180,13 @@ class RoundEngine:
 
     def _session(self, grid: Grid, attempt: Attempt, state: State) -> SumResult:
         """One execution of the protocol, from the task to the sum."""
+        scheme = self._plan.aggregation.scheme
         parameters = planned_session(  # refuses a plan that does not fit before anybody trains
             self._plan,
             self._roster,
             attempt,
-            task_hash=task_hash(state.adapter, self._plan.hash(), self._plan.aggregation.scheme),
-            dimension=dimension(self._layout),
+            task_hash=task_hash(state.adapter, self._plan.hash(), scheme),
+            dimension=dimension(round_layout(self._layout, scheme, attempt.round)),
         )
         self._tally, self._silent = None, frozenset()
         ready = self._invite(grid, attempt, state)

@@ -60,7 +60,7 @@ from fedward.tuning.metrics import Metrics
 from fedward.tuning.models import resolve_model
 from fedward.tuning.records import select
 from fedward.tuning.tuned import tuned_model
-from fedward.tuning.vector import dimension
+from fedward.tuning.vector import dimension, round_layout
 
 _CURVE_RECORDS = 256
 _SEEN_BYTES, _SEEN_NUMBERS = 48, 8
@@ -273,7 +273,9 @@ class _Work:
                 federation.roster,
                 attempt,
                 task_hash=bytes(32),
-                dimension=dimension(self._tuned.layout),
+                dimension=dimension(
+                    round_layout(self._tuned.layout, self._plan.aggregation.scheme, attempt.round)
+                ),
             )
             words = np.frombuffer(self._blob(facts["sum"]), dtype=parameters.grid.dtype)
             name, masked = self._masked

@@ -4,9 +4,10 @@ The update of a site is exactly :func:`trainable`: every parameter that requires
 order of their names.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -55,9 +56,9 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
     """Wrap a base, already on its device, in the plan's tuner at its start.
 
     LoRA's A is uniform in ±1/√n as in PEFT, B is zero, so that the start computes what the base
-    does. Under ``ffa`` A has orthonormal rows and is frozen (FFA-LoRA, Sun et al. 2403.12313;
-    A·Aᵀ = I by QR). For ``classify`` the head ``score`` or ``classifier`` is trained too; a BERT
-    pooler is not, unless ``modules_to_save`` names it.
+    does. Under ``ffa`` and ``alternating`` A has orthonormal rows (A·Aᵀ = I by QR); under ``ffa``
+    it is frozen (FFA-LoRA, Sun et al. 2403.12313). For ``classify`` the head ``score`` or
+    ``classifier`` is trained too; a BERT pooler is not, unless ``modules_to_save`` names it.
 
     Args:
         base: From :func:`fedward.tuning.models.load_base`; changed in place.
@@ -89,6 +90,19 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that training changes, sorted by name: exactly these are the update."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+@contextlib.contextmanager
+def training_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Freeze every trainable parameter that is not named, until the block ends."""
+    resting = [parameter for name, parameter in trainable(model).items() if name not in names]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
 
 
 def _configuration(plan: Plan) -> LoraConfig:
@@ -146,14 +160,15 @@ def _start(parameter: nn.Parameter, name: str, plan: Plan) -> None:
     """Set one LoRA A, shape (r, n), from the plan's seed and its name."""
     r, n = parameter.shape
     drawn = public_uniform(parameter.shape, "adapter", plan.seed.to_bytes(4, "big"), name)
-    if plan.aggregation.scheme == "ffa":
+    scheme = plan.aggregation.scheme
+    if scheme in {"ffa", "alternating"}:
         if r > n:
             raise ConfigurationError(
-                f"[tuner] r = {r}: 'ffa' allows at most the width {n} of {name}"
+                f"[tuner] r = {r}: {scheme!r} allows at most the width {n} of {name}"
             )
         q, upper = torch.linalg.qr(drawn.double().T)
         drawn = (q * upper.diagonal().sign()).T.float()
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(scheme == "alternating")
     else:
         drawn = drawn / math.sqrt(n)
     with torch.no_grad():

@@ -121,6 +121,28 @@ def test_the_noise_has_the_plans_scale(base):
         assert abs(noise_of_one_step(base, factor=factor) - 1) > tolerance, "negative control"
 
 
+def test_proximal_pulls_every_step_to_the_start_after_the_noise(base):
+    """With mu = 1 / learning rate a step forgets all before it: what is left is its own noise."""
+    rate = 0.5
+    plan = tiny.make_plan(base, rounds=tiny.make_rounds(optimizer="sgd", learning_rate=rate))
+
+    def noise(steps: int, mu: float) -> Vector:
+        tuned = tuned_model(plan)
+        load_adapter(tuned.model, from_bytes(tuned.start))
+        before = flatten(tuned.model)
+        nobody, stream = encode(EMPTY, tuned.tokenizer, plan), SecureStream(bytes(32))
+        step = mechanism(plan)
+        module.train_model(
+            tuned.model, [], nobody, plan, step, steps=steps, stream=stream, proximal=mu
+        )
+        return flatten(tuned.model) - before
+
+    one, two, pulled = noise(1, 0.0), noise(2, 0.0), noise(2, 1 / rate)
+    np.testing.assert_allclose(pulled, two - one, atol=1e-5)
+    assert np.abs(pulled - two).max() > 0.01, "negative control"
+    assert np.array_equal(noise(1, 1 / rate), one), "the first step is where it starts"
+
+
 def moved(plan: Plan, **options: Any) -> Vector:
     """What two steps without noise, which everybody is drawn for, change."""
     tuned = tuned_model(plan)

@@ -1,27 +1,30 @@
 """Whole federations: the sum is exact whoever dies when, and every site spends what it sent."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 from fedward.aggregation.fixed_point import Grid, decode
-from fedward.aggregation.schemes import next_vector
+from fedward.aggregation.server_optimizer import next_state
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.errors import CohortTooSmall, RoundError
 from fedward.messages import MESSAGE_TYPES
 from fedward.plan import Plan
-from fedward.plan_aggregation import Cohort
+from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.server.rounds import Observer
 from fedward.server.store import Phase
 from fedward.simulations.federation import Federation
 from fedward.simulations.grid import FIRST_NODE, LocalGrid
+from fedward.tuning.adapter import from_bytes
 from fedward.tuning.tuned import tuned_model
-from fedward.tuning.vector import vector_of
+from fedward.tuning.vector import moments_of, replace_vector, round_layout, vector_of
 from tests.simulations import tiny
 
 ACTIONS = ("task", "hello", "shares", "masked", "consistency", "unmask")
@@ -79,18 +82,20 @@ def check_sums(
     folder: Path, plan: Plan, federation: Federation, trainers: dict[str, tiny.Recorder]
 ) -> None:
     """Every committed sum is that of its cohort's clipped updates, to one grid step a site."""
-    layout = tuned_model(plan).layout
     grid = Grid(clip=plan.aggregation.update_clip, sites=len(federation.names), word_bits=32)
-    vector = vector_of(tuned_model(plan).start, layout)
+    before = tuned_model(plan).start
     for attempt, facts in tiny.facts_of(folder, Phase.COMMITTED):
         total = decode(tiny.words_of(tiny.blob(folder, facts["sum"])), grid)
         updates = tiny.plain_updates(federation, trainers, attempt, facts["cohort"])
         plain = np.sum(updates, axis=0, dtype=np.float64)
         assert np.abs(total - plain).max() <= len(updates) * grid.gamma
         assert np.abs(total - plain + updates[0]).max() > 100 * grid.gamma, "negative control"
-        vector = next_vector(vector, total / len(updates))
-        adapter = tiny.blob(folder, facts["adapter"])
-        assert np.array_equal(vector_of(adapter, layout), vector)
+        layout = round_layout(tuned_model(plan).layout, plan.aggregation.scheme, attempt.round)
+        start, moments = vector_of(before, layout), moments_of(before)
+        vector, moments = next_state(start, moments, total / len(updates), plan.aggregation)
+        after = replace_vector(before, layout, vector, moments)
+        assert tiny.blob(folder, facts["adapter"]) == after
+        before = after
 
 
 def check_spend(
@@ -121,6 +126,45 @@ def test_every_sum_is_the_sum_of_the_clipped_updates(tmp_path, base, privacy):
     check_spend(tmp_path, plan, federation)
     (_, last) = tiny.facts_of(tmp_path, Phase.COMMITTED)[-1]
     assert tiny.blob(tmp_path, last["adapter"]) == adapter
+
+
+@pytest.mark.parametrize(
+    "aggregation", [{"scheme": "ffa"}, {"scheme": "alternating"}, {"optimizer": "adam"}]
+)
+def test_every_rule_of_aggregation_on_real_updates(tmp_path, base, aggregation):
+    plan = tiny.make_plan(
+        base, aggregation=Aggregation(**aggregation), rounds=tiny.make_rounds(count=3, proximal=0.1)
+    )
+    trainers = tiny.recorders(tiny.make_sites(4))
+    federation = tiny.make_federation(tmp_path, plan, trainers)
+    adapter = federation.run()
+    assert tiny.cohorts(tmp_path) == [[0, 1, 2, 3]] * 3
+    check_sums(tmp_path, plan, federation, trainers)
+    check_spend(tmp_path, plan, federation)
+    requests = trainers["a"].requests
+    assert not any(moments_of(request.adapter) for request in requests)
+    assert bool(moments_of(adapter)) == ("optimizer" in aggregation)
+    start = from_bytes(tuned_model(plan).start)
+    for name, moved in (("lora_A", requests[2]), ("lora_B", requests[1])):
+        parts = {n: t for n, t in from_bytes(moved.adapter).items() if name in n}
+        still = all(torch.equal(part, start[n]) for n, part in parts.items())
+        assert still == (name == "lora_A" and aggregation.get("scheme") == "ffa")
+
+
+def test_alternating_moves_one_factor_a_round(tmp_path, base):
+    plan = tiny.make_plan(base, aggregation=Aggregation(scheme="alternating"))
+    trainers = tiny.recorders(tiny.make_sites(3))
+    federation = tiny.make_federation(tmp_path, plan, trainers)
+    last = from_bytes(federation.run())
+    first, second = (from_bytes(r.adapter) for r in trainers["a"].requests)
+    for name in first:
+        moved = [not torch.equal(x[name], y[name]) for x, y in ((first, second), (second, last))]
+        expected = {"lora_A": [False, True], "lora_B": [True, False]}
+        kind = next((part for part in expected if part in name), "")
+        assert moved == expected.get(kind, [True, True]), name
+    sizes = [len(result.update) for result in trainers["a"].results]
+    whole = sum(math.prod(shape) for _, shape in tuned_model(plan).layout)
+    assert max(sizes) < whole, "a round sends one factor alone"
 
 
 @pytest.mark.parametrize("action", ACTIONS)

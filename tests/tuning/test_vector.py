@@ -9,8 +9,11 @@ from fedward.tuning.vector import (
     dimension,
     layout_from_bytes,
     layout_to_bytes,
+    moments_of,
     replace_vector,
+    round_layout,
     vector_of,
+    without_moments,
 )
 
 TENSORS = {
@@ -69,3 +72,30 @@ def test_a_layout_has_one_spelling():
 def test_a_malformed_layout_is_a_model_error(data):
     with pytest.raises(ModelError):
         layout_from_bytes(data)
+
+
+def test_moments_lie_in_the_file_and_come_out_again():
+    vector = vector_of(ADAPTER, LAYOUT)
+    moments = {"first": vector + 1, "second": vector + 2}
+    with_them = replace_vector(ADAPTER, LAYOUT, vector, moments)
+    assert {k: v.tolist() for k, v in moments_of(with_them).items()} == {
+        k: v.tolist() for k, v in moments.items()
+    }
+    assert without_moments(with_them) == ADAPTER
+    assert without_moments(ADAPTER) is ADAPTER
+    assert moments_of(ADAPTER) == {}
+    again = replace_vector(with_them, LAYOUT, vector, {"first": vector})
+    assert sorted(moments_of(again)) == ["first", "second"], "only those given are replaced"
+
+
+def test_moments_must_be_finite_float32():
+    for moment in (np.ones(2), np.array([np.nan], dtype=np.float32)):
+        with pytest.raises(ModelError, match="moment 'first'"):
+            moments_of(save({**TENSORS, "server_optimizer.first": moment}))
+
+
+def test_alternating_trains_one_factor_at_a_time():
+    layout = (("x.lora_A.default.weight", (2, 3)), ("x.lora_B.default.weight", (3, 2)), ("y", (2,)))
+    assert round_layout(layout, "alternating", 1) == layout[1:]
+    assert round_layout(layout, "alternating", 2) == (layout[0], layout[2])
+    assert round_layout(layout, "fedavg", 2) == layout
