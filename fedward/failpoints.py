@@ -52,6 +52,7 @@ NAMES: Mapping[str, str] = {
     "journal.recorded": "a line of the journal is durable",
     "chain.open": "before ledger, memory or journal is read",
     "chain.cut": "before a torn last line is cut off",
+    "chain.opened": "every line that was read is on the disk",
     "chain.write": "before the bytes of a line are written",
     "chain.sync": "the bytes are written; nothing says that the disk has them",
     "chain.written": "a line is on the disk; nobody was told",
@@ -75,6 +76,7 @@ NAMES: Mapping[str, str] = {
     "store.commit": "an event is written and not committed",
     "store.recorded": "an event is committed; nobody was told",
     "store.blob": "before an adapter or a sum becomes a file",
+    "store.again": "an adapter or a sum is a file already, and durable",
     "book.change": "before a run's state is changed",
     "book.changed": "a run's state is changed and not committed",
 }
