@@ -35,8 +35,9 @@ class Aggregation:
     The keys from ``optimizer`` on are those of :mod:`fedward.aggregation.server_optimizer`.
 
     Args:
-        scheme: ``fedavg`` (every trainable tensor), ``ffa`` (LoRA's A frozen and orthonormal) or
-            ``alternating`` (A and B in turn, B first; A starts orthonormal).
+        scheme: ``fedavg`` (every trainable tensor), ``ffa`` (LoRA's A frozen and orthonormal),
+            ``alternating`` (A and B in turn, B first; A starts orthonormal), or ``sketch-once``
+            (the mean of the products, from sketches).
         update_clip: L2 bound of a site's update, > 0; fixes the fixed-point grid.
         word_bits: Bits of one word of the masked sum; 16 halve what a site sends.
         weights: Site name to its weight in the mean, a number above 0 for every site; left out,
@@ -50,7 +51,7 @@ class Aggregation:
         tau: What is added to the root of the second moment, 1e-9 to 1; not for ``momentum``.
     """
 
-    scheme: Literal["fedavg", "ffa", "alternating"] = "fedavg"
+    scheme: Literal["fedavg", "ffa", "alternating", "sketch-once"] = "fedavg"
     update_clip: float = 1.0
     word_bits: Literal[16, 32] = 32
     weights: Mapping[str, float] | None = field(default=None, hash=False)
@@ -69,8 +70,9 @@ class Aggregation:
         require(0 <= self.beta_1 < 1, "beta_1", self.beta_1, "at least 0 and below 1")
         require(0 <= self.beta_2 < 1, "beta_2", self.beta_2, "at least 0 and below 1")
         require(1e-9 <= self.tau <= 1, "tau", self.tau, "1e-9 to 1")
-        moving = self.scheme == "alternating" and self.optimizer != "none"
-        require(not moving, "optimizer", self.optimizer, "'none' with 'alternating'")
+        steady = self.scheme not in {"alternating", "sketch-once"}
+        allowed = f"'none' with {self.scheme!r}"
+        require(steady or self.optimizer == "none", "optimizer", self.optimizer, allowed)
         for name, weight in (self.weights or {}).items():
             holds = type(weight) is float and 1e-9 <= weight <= 1e9
             require(holds, f"weights.{name}", weight, "a number, 1e-9 to 1e9")

@@ -147,7 +147,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("rounds", "physical_batch", [0, 4097], "1 to 4096 records"),
     ("cohort", "minimum", [-3, 2, 100001], "3 to 100000 with 1 colluders"),
     ("cohort", "colluders", [-1], "0 or more"),
-    ("aggregation", "scheme", ["mean"], "one of 'fedavg', 'ffa', 'alternating'"),
+    ("aggregation", "scheme", ["mean"], "one of 'fedavg', 'ffa', 'alternating', 'sketch-once'"),
     ("aggregation", "update_clip", [0.0, -1.0, math.inf], POSITIVE),
     ("aggregation", "word_bits", [8, 64, "32"], "one of 16, 32"),
     ("aggregation", "weights", [[1.0], "uniform"], "a section"),

@@ -1,10 +1,12 @@
 """How a decoded sum becomes the next adapter. Sites recompute the rule bit for bit.
 
 Every scheme adds the mean update to the parameters that the round trained; which those are is said
-by the tuner and by :func:`fedward.tuning.vector.round_layout`. ``fedavg`` trains and sends every trainable tensor (McMahan et al. 2017, Algorithm
-1). ``ffa`` trains and sends LoRA's B alone (Sun et al. 2024, FFA-LoRA, section 4): the mean of
-B_k·A is the product of the mean B with A, so the rule is exact on the weights, and noise enters
-linearly. ``alternating`` sends B and A in turn: as exact, and the subspace moves.
+by the tuner and by :func:`round_layout`. ``fedavg`` trains and sends every trainable tensor
+(McMahan et al. 2017, Algorithm 1). ``ffa`` trains and sends LoRA's B alone (Sun et al. 2024,
+FFA-LoRA, section 4): the mean of B_k·A is the product of the mean B with A, so the rule is exact on
+the weights, and noise enters linearly. ``alternating`` sends B and A in turn: as exact, and the
+subspace moves.
+``sketch-once`` sends sketches of the products (:mod:`fedward.aggregation.sketch`).
 """
 
 import numpy as np
@@ -13,6 +15,9 @@ import numpy.typing as npt
 from fedward.errors import ProtocolError
 
 Vector = npt.NDArray[np.float32]
+
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of trainable tensors, in the order of a vector."""
 
 
 def next_vector(start: Vector, mean: npt.NDArray[np.float64]) -> Vector:
@@ -36,3 +41,21 @@ def next_vector(start: Vector, mean: npt.NDArray[np.float64]) -> Vector:
             f"expected a float32 vector of shape {mean.shape}, got {start.dtype} of {start.shape}"
         )
     return (start.astype(np.float64) + mean).astype(np.float32)
+
+
+def round_layout(layout: Layout, scheme: str, number: int) -> Layout:
+    """The tensors that a round trains and sums.
+
+    Under ``alternating`` (RoLoRA, Chen et al. 2024, arXiv 2409.02346) odd rounds leave LoRA's A
+    alone and even ones its B, because a product is linear in one factor: the mean of B_k·A is the
+    mean B times A. It starts with B, whose zeros leave A no gradient.
+
+    Args:
+        layout: All that the run trains.
+        scheme: The plan's.
+        number: The round, from 1.
+    """
+    if scheme != "alternating":
+        return layout
+    resting = ".lora_A." if number % 2 else ".lora_B."
+    return tuple((name, shape) for name, shape in layout if resting not in name)

@@ -15,12 +15,11 @@ from flwr.app import RecordDict
 
 from fedward import failpoints
 from fedward.aggregation.complaints import Complaint
-from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import check_mean, pack, unpack, weighed
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.planned import planned_session
-from fedward.aggregation.server_optimizer import next_state
+from fedward.aggregation.rules import Rule
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
@@ -49,11 +48,9 @@ from fedward.privacy.noise import SecureStream
 from fedward.privacy.planned import metric_event, training_event
 from fedward.tuning.vector import (
     Layout,
-    dimension,
     layout_from_bytes,
     moments_of,
     replace_vector,
-    round_layout,
     vector_of,
     without_moments,
 )
@@ -65,9 +62,7 @@ _LOG = logging.getLogger(__name__)
 class _Work:
     """What the agent holds between the letters of one session; lost in a crash, by design."""
 
-    attempt: Attempt
-    plan: Plan
-    draw: int
+    request: TrainRequest
     result: TrainResult
     expected: SessionParameters
     session: SiteSession
@@ -234,7 +229,7 @@ class Agent:
             self._roster,
             attempt,
             task_hash=task_hash(adapter, plan.hash(), plan.aggregation.scheme),
-            dimension=dimension(request.trained),
+            dimension=request.rule.words,
         )
         self._trainer.prepare(request)  # before the ledger commits a whole run to this plan
         failpoints.hit("agent.prepared")
@@ -266,9 +261,7 @@ class Agent:
             expected=expected,
         )
         self._work = _Work(
-            attempt=attempt,
-            plan=plan,
-            draw=draw,
+            request=request,
             result=result,
             expected=expected,
             session=session,
@@ -281,9 +274,9 @@ class Agent:
         work, now = self._work, request.attempt
         if work is None:
             return None
-        then = work.attempt
+        then = work.request.attempt
         same = (then.run, then.round, then.session) == (now.run, now.round, now.session)
-        return work.result if same and work.draw == request.draw else None
+        return work.result if same and work.request.draw == request.draw else None
 
     def _adapter(self, letter: Letter, plan: Plan, layout: Layout) -> bytes:
         """This round's adapter, recomputed from the last one and the published sum (DESIGN §3.7).
@@ -323,25 +316,27 @@ class Agent:
         # What it signed in an attempt that came to nothing binds no attempt that it missed.
         if self._memory.cohort(committed) not in {None, cohort}:
             raise ProtocolError("the published cohort is not the one this site signed")
-        trained = round_layout(layout, plan.aggregation.scheme, then.round)
-        start = vector_of(before, trained)
+        rule = Rule(settings=plan.aggregation, layout=layout, attempt=then)
         parameters = planned_session(
-            plan, self._roster, committed, task_hash=bytes(32), dimension=len(start)
+            plan, self._roster, committed, task_hash=bytes(32), dimension=rule.words
         )
         words = np.frombuffer(letter.part("sum"), dtype=parameters.grid.dtype)
         total, _ = unpack(words, parameters)
         mean = total / parameters.divisor(cohort)
         check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
-        vector, moments = next_state(start, moments_of(before), mean, plan.aggregation)
-        expected = replace_vector(before, trained, vector, moments)
-        if letter.parts.get("adapter", expected) != expected:
+        given = letter.parts.get("adapter")
+        published = None if given is None else vector_of(given, rule.trained)
+        start = vector_of(before, rule.trained)
+        vector, moments = rule.accept(start, moments_of(before), mean, published)
+        expected = replace_vector(before, rule.trained, vector, moments)
+        if given is not None and given != expected:
             raise ProtocolError("the adapter is not what the published sum gives")
         return expected
 
     def _exchange(self, letter: Letter) -> Mapping[str, bytes]:
         """One exchange of the session that the last task opened."""
         work, message = self._work, letter.part("message")
-        if work is None or work.attempt != letter.attempt:
+        if work is None or work.request.attempt != letter.attempt:
             raise ProtocolError("no session is open for this attempt: it needs a task first")
         session = work.session
         if letter.action == "masked":
@@ -357,9 +352,10 @@ class Agent:
 
     def _words(self, work: _Work) -> Words:
         """The update on the grid: clipped as a whole, rounded by the site's own secret stream."""
-        update = clip_update(work.result.update, work.plan.aggregation.update_clip)
-        attempt = work.attempt  # its number does not count: the same update is rounded alike
-        position = f"{attempt.round}/{attempt.session}/{work.draw}"
+        request = work.request
+        update = request.rule.to_send(work.result.update)
+        attempt = request.attempt  # its number does not count: the same update is rounded alike
+        position = f"{attempt.round}/{attempt.session}/{request.draw}"
         stream = self._secret.child("rounding", attempt.run, position, work.expected.task_hash)
         weighted = weighed(update, work.expected, self._site)
         return pack(weighted, work.result.slots, work.expected, stream)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.packing import pack
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.planned import planned_session
@@ -108,9 +107,9 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
     result = trainer.train(request)
     trained = time.monotonic()
     session = planned_session(
-        plan, roster, attempt, task_hash=bytes(32), dimension=len(result.update)
+        plan, roster, attempt, task_hash=bytes(32), dimension=request.rule.words
     )
-    update = clip_update(result.update, plan.aggregation.update_clip)
+    update = request.rule.to_send(result.update)
     words = pack(update, result.slots, session, SecureStream()).nbytes
     events = [event for event in (training_event(plan), metric_event(plan)) if event is not None]
     count = plan.rounds.count + plan.rounds.spare

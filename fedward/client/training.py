@@ -10,9 +10,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fedward.aggregation.rules import Rule
 from fedward.attempt import Attempt
 from fedward.plan import Plan
-from fedward.tuning.vector import Layout, round_layout
+from fedward.tuning.vector import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,12 @@ class TrainRequest:
     @property
     def trained(self) -> Layout:
         """Those of them that this round trains: the order of the update."""
-        return round_layout(self.layout, self.plan.aggregation.scheme, self.attempt.round)
+        return self.rule.trained
+
+    @property
+    def rule(self) -> Rule:
+        """What becomes of the update."""
+        return Rule(settings=self.plan.aggregation, layout=self.layout, attempt=self.attempt)
 
 
 @dataclass(frozen=True, kw_only=True)

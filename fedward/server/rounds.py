@@ -20,7 +20,7 @@ from fedward import failpoints
 from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import check_mean
 from fedward.aggregation.planned import planned_session
-from fedward.aggregation.server_optimizer import next_state
+from fedward.aggregation.rules import Rule
 from fedward.aggregation.tally import SumResult, Tally
 from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
@@ -42,11 +42,9 @@ from fedward.server.store import EVERYBODY, Phase, RunStore
 from fedward.server.suspects import blame, proven
 from fedward.tuning.vector import (
     Layout,
-    dimension,
     layout_to_bytes,
     moments_of,
     replace_vector,
-    round_layout,
     vector_of,
 )
 
@@ -160,10 +158,10 @@ class RoundEngine:
         """The next adapter; a sum that every site would refuse is never committed."""
         mean, settings, before = result.mean, self._plan.aggregation, state.adapter
         check_mean(mean, result.parameters, result.cohort, settings.update_clip)
-        layout = round_layout(self._layout, settings.scheme, state.committed + 1)
-        start = vector_of(before, layout)
-        vector, moments = next_state(start, moments_of(before), mean, settings)
-        return replace_vector(before, layout, vector, moments)
+        rule = Rule(settings=settings, layout=self._layout, attempt=result.parameters.attempt)
+        start = vector_of(before, rule.trained)
+        vector, moments = rule.advance(start, moments_of(before), mean)
+        return replace_vector(before, rule.trained, vector, moments)
 
     def _commit(self, attempt: Attempt, adapter: bytes, result: SumResult) -> None:
         facts: Json = {
@@ -180,13 +178,13 @@ class RoundEngine:
 
     def _session(self, grid: Grid, attempt: Attempt, state: State) -> SumResult:
         """One execution of the protocol, from the task to the sum."""
-        scheme = self._plan.aggregation.scheme
+        settings = self._plan.aggregation
         parameters = planned_session(  # refuses a plan that does not fit before anybody trains
             self._plan,
             self._roster,
             attempt,
-            task_hash=task_hash(state.adapter, self._plan.hash(), scheme),
-            dimension=dimension(round_layout(self._layout, scheme, attempt.round)),
+            task_hash=task_hash(state.adapter, self._plan.hash(), settings.scheme),
+            dimension=Rule(settings=settings, layout=self._layout, attempt=attempt).words,
         )
         self._tally, self._silent = None, frozenset()
         ready = self._invite(grid, attempt, state)
@@ -264,7 +262,9 @@ class RoundEngine:
         # Who took part in the round before has its adapter, and makes this one from the sum. If it
         # has not, it says so, and the next attempt sends everybody everything.
         whole = {**short, "adapter": state.adapter}
-        parts = {site: short if site in state.holders else whole for site in self._nodes}
+        rule = Rule(settings=self._plan.aggregation, layout=self._layout, attempt=attempt)
+        enough = state.holders if rule.recomputes else frozenset[int]()
+        parts = {site: short if site in enough else whole for site in self._nodes}
         minimum, colluders = self._plan.cohort.minimum, self._plan.cohort.colluders
         out = proven(state.record.groups, colluders)
         away = state.record.away(

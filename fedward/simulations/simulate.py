@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedward.aggregation.packing import unpack
 from fedward.aggregation.planned import planned_session
+from fedward.aggregation.rules import Rule
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.client.step_check import check_step
@@ -60,7 +61,6 @@ from fedward.tuning.metrics import Metrics
 from fedward.tuning.models import resolve_model
 from fedward.tuning.records import select
 from fedward.tuning.tuned import tuned_model
-from fedward.tuning.vector import dimension, round_layout
 
 _CURVE_RECORDS = 256
 _SEEN_BYTES, _SEEN_NUMBERS = 48, 8
@@ -273,9 +273,9 @@ class _Work:
                 federation.roster,
                 attempt,
                 task_hash=bytes(32),
-                dimension=dimension(
-                    round_layout(self._tuned.layout, self._plan.aggregation.scheme, attempt.round)
-                ),
+                dimension=Rule(
+                    settings=self._plan.aggregation, layout=self._tuned.layout, attempt=attempt
+                ).words,
             )
             words = np.frombuffer(self._blob(facts["sum"]), dtype=parameters.grid.dtype)
             name, masked = self._masked

@@ -55,24 +55,6 @@ def dimension(layout: Layout) -> int:
     return sum(math.prod(shape) for _, shape in layout)
 
 
-def round_layout(layout: Layout, scheme: str, number: int) -> Layout:
-    """The tensors that a round trains and sums.
-
-    Under ``alternating`` (RoLoRA, Chen et al. 2024, arXiv 2409.02346) odd rounds leave LoRA's A
-    alone and even ones its B, because a product is linear in one factor: the mean of B_k·A is the
-    mean B times A. It starts with B, whose zeros leave A no gradient.
-
-    Args:
-        layout: All that the run trains.
-        scheme: The plan's.
-        number: The round, from 1.
-    """
-    if scheme != "alternating":
-        return layout
-    resting = ".lora_A." if number % 2 else ".lora_B."
-    return tuple((name, shape) for name, shape in layout if resting not in name)
-
-
 def vector_of(adapter: bytes, layout: Layout) -> Vector:
     """The trainable tensors of an adapter as one vector.
 

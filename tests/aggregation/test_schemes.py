@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from fedward.aggregation.schemes import next_vector
+from fedward.aggregation.schemes import next_vector, round_layout
 from fedward.errors import ProtocolError
 
 
@@ -37,3 +37,10 @@ def test_other_shapes_and_types():
         next_vector(np.zeros(3, dtype=np.float32), np.zeros(4))
     with pytest.raises(ProtocolError, match="float32"):
         next_vector(np.zeros(3), np.zeros(3))  # type: ignore[arg-type]  # what the test is about
+
+
+def test_alternating_trains_one_factor_at_a_time():
+    layout = (("x.lora_A.default.weight", (2, 3)), ("x.lora_B.default.weight", (3, 2)), ("y", (2,)))
+    assert round_layout(layout, "alternating", 1) == layout[1:]
+    assert round_layout(layout, "alternating", 2) == (layout[0], layout[2])
+    assert round_layout(layout, "fedavg", 2) == layout

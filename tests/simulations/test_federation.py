@@ -11,7 +11,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 from fedward.aggregation.fixed_point import Grid, decode
-from fedward.aggregation.server_optimizer import next_state
+from fedward.aggregation.rules import Rule
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.errors import CohortTooSmall, RoundError
@@ -24,7 +24,7 @@ from fedward.simulations.federation import Federation
 from fedward.simulations.grid import FIRST_NODE, LocalGrid
 from fedward.tuning.adapter import from_bytes
 from fedward.tuning.tuned import tuned_model
-from fedward.tuning.vector import moments_of, replace_vector, round_layout, vector_of
+from fedward.tuning.vector import moments_of, replace_vector, vector_of
 from tests.simulations import tiny
 
 ACTIONS = ("task", "hello", "shares", "masked", "consistency", "unmask")
@@ -90,10 +90,11 @@ def check_sums(
         plain = np.sum(updates, axis=0, dtype=np.float64)
         assert np.abs(total - plain).max() <= len(updates) * grid.gamma
         assert np.abs(total - plain + updates[0]).max() > 100 * grid.gamma, "negative control"
-        layout = round_layout(tuned_model(plan).layout, plan.aggregation.scheme, attempt.round)
-        start, moments = vector_of(before, layout), moments_of(before)
-        vector, moments = next_state(start, moments, total / len(updates), plan.aggregation)
-        after = replace_vector(before, layout, vector, moments)
+        layout = tuned_model(plan).layout
+        rule = Rule(settings=plan.aggregation, layout=layout, attempt=attempt)
+        start, moments = vector_of(before, rule.trained), moments_of(before)
+        vector, moments = rule.advance(start, moments, total / len(updates))
+        after = replace_vector(before, rule.trained, vector, moments)
         assert tiny.blob(folder, facts["adapter"]) == after
         before = after
 
@@ -129,7 +130,13 @@ def test_every_sum_is_the_sum_of_the_clipped_updates(tmp_path, base, privacy):
 
 
 @pytest.mark.parametrize(
-    "aggregation", [{"scheme": "ffa"}, {"scheme": "alternating"}, {"optimizer": "adam"}]
+    "aggregation",
+    [
+        {"scheme": "ffa"},
+        {"scheme": "alternating"},
+        {"scheme": "sketch-once"},
+        {"optimizer": "adam"},
+    ],
 )
 def test_every_rule_of_aggregation_on_real_updates(tmp_path, base, aggregation):
     plan = tiny.make_plan(

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.masks import Words
 from fedward.attempt import Attempt
 from fedward.canonical import Json
@@ -242,14 +241,14 @@ def reviving(federation: Federation) -> Observer:
 def plain_updates(
     federation: Federation, trainers: Mapping[str, Recorder], attempt: Attempt, cohort: list[int]
 ) -> list[npt.NDArray[np.float32]]:
-    """The clipped updates that the sites of a cohort put into an attempt's sum."""
+    """What the sites of a cohort put into an attempt's sum, as the plan's scheme sends it."""
     updates = []
     for site in cohort:
         watched = trainers[federation.names[site]]
         pairs = zip(watched.requests, watched.results, strict=True)
-        mine = [result for request, result in pairs if request.attempt.round == attempt.round]
-        clip = watched.requests[0].plan.aggregation.update_clip
-        updates.append(clip_update(mine[-1].update, clip))
+        mine = [pair for pair in pairs if pair[0].attempt.round == attempt.round]
+        request, result = mine[-1]
+        updates.append(request.rule.to_send(result.update))
     return updates
 
 

@@ -11,7 +11,6 @@ from fedward.tuning.vector import (
     layout_to_bytes,
     moments_of,
     replace_vector,
-    round_layout,
     vector_of,
     without_moments,
 )
@@ -92,10 +91,3 @@ def test_moments_must_be_finite_float32():
     for moment in (np.ones(2), np.array([np.nan], dtype=np.float32)):
         with pytest.raises(ModelError, match="moment 'first'"):
             moments_of(save({**TENSORS, "server_optimizer.first": moment}))
-
-
-def test_alternating_trains_one_factor_at_a_time():
-    layout = (("x.lora_A.default.weight", (2, 3)), ("x.lora_B.default.weight", (3, 2)), ("y", (2,)))
-    assert round_layout(layout, "alternating", 1) == layout[1:]
-    assert round_layout(layout, "alternating", 2) == (layout[0], layout[2])
-    assert round_layout(layout, "fedavg", 2) == layout
