@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 _LOG = logging.getLogger(__name__)
 
 _BUSY_WAITS = (0.2, 0.5, 1.0, 2.0)
-_WAL_PAGES = 1 << 16
+_PAGE, _LOG_BYTES = 1 << 16, 1 << 28
 
 T = TypeVar("T")
 
@@ -46,16 +46,19 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 def expect_large_pieces() -> None:
     """Suit the databases of SQLAlchemy, which is Flower, to adapters that stay for seconds.
 
-    By default SQLite copies its log into the file at each piece of an adapter (5 MB), and many
-    systems build it so that it writes zeros over each deleted one. Nothing in there is secret from
-    who runs the coordinator: masked updates, sums, adapters.
+    By default SQLite cuts a piece of an adapter (5 MB) into 1,280 pages, each a call of the system,
+    copies its log into the file at each piece, and many systems build it so that it writes zeros
+    over each deleted one. Nothing in there is secret from who runs the coordinator: masked updates,
+    sums, adapters.
     """
     if not event.contains(Engine, "connect", _expect_large_pieces):
         event.listen(Engine, "connect", _expect_large_pieces)
 
 
 def _expect_large_pieces(db: sqlite3.Connection, _: object) -> None:
-    db.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")  # 256 MB
+    db.execute(f"PRAGMA page_size={_PAGE}")  # of a new file; an old one keeps its own
+    (page,) = db.execute("PRAGMA page_size").fetchone()
+    db.execute(f"PRAGMA wal_autocheckpoint={_LOG_BYTES // page}")
     db.execute("PRAGMA secure_delete=OFF")
 
 

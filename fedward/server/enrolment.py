@@ -111,15 +111,15 @@ def _asked_by(folder: CoordinatorFolder, body: bytes, now: int, path: str) -> by
 
 
 async def read_body(receive: Receive, most: int) -> bytes | None:
-    """The whole body, or None where it has more bytes."""
-    body = b""
+    """The whole body, or None where it has more bytes or its sender is gone."""
+    body = bytearray()
     while True:
         message = await receive()
-        body += bytes(message.get("body", b""))
-        if len(body) > most:
+        body += message.get("body", b"")
+        if len(body) > most or message.get("type") == "http.disconnect":
             return None
         if not message.get("more_body", False):
-            return body
+            return bytes(body)
 
 
 async def respond(send: Send, status: int, body: bytes = b"") -> None:

@@ -20,24 +20,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fedward.enrolment import ENROL_PATH, LEAVE_PATH, ROSTER_PATH
 from fedward.server.enrolment import AsgiApp, Receive, Scope, Send
-from fedward.server.pushes import only_own_replies
+from fedward.server.fleet_api import FLEET_PATHS
 
 _LOG = logging.getLogger(__name__)
-
-FLEET_PATHS = frozenset(
-    f"/v1/fleet/{call}"
-    for call in (
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "pull-messages",
-        "push-messages",
-        "push-object",
-        "pull-object",
-        "confirm-message-received",
-    )
-)
-"""All of Flower that the public port shows: no registration, no run data, no code bundles."""
 
 MAX_BODY = 8 << 20
 """Most bytes of a request; Flower sends arrays in pieces of 5 MB."""
@@ -52,13 +37,12 @@ class Front:
     """The ASGI application of the public port.
 
     Args:
-        flower: Flower's SuperLink application.
+        flower: Flower's calls (:func:`~fedward.server.fleet_api.fleet_app`).
         enrolment: Answers strangers who enrol and members who ask for the roster.
         clock: Seconds, for the rate limit.
 
     Guarantees: nothing but :data:`FLEET_PATHS` and enrolment reaches an application over HTTP, and
-    no body above :data:`MAX_BODY` or of unannounced length, and no message but a member's own reply
-    (:func:`~fedward.server.pushes.only_own_replies`).
+    no body above :data:`MAX_BODY` or of unannounced length.
     """
 
     def __init__(
@@ -68,16 +52,12 @@ class Front:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._flower = only_own_replies(flower, MAX_BODY)
-        self._enrolment, self._clock = enrolment, clock
+        self._flower, self._enrolment, self._clock = flower, enrolment, clock
         self._tokens: dict[str, tuple[float, float]] = {}
         self._logged, self._unlogged = -math.inf, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI connection."""
-        if scope["type"] == "lifespan":
-            await self._flower(scope, receive, send)
-            return
         if scope["type"] != "http":
             return
         target, status = self._admit(scope)
@@ -209,6 +189,7 @@ def front_server(front: Front, listener: Listener) -> uvicorn.Server:
         log_config=None,
         http=ImpatientProtocol,
         ws="none",
+        lifespan="off",
         access_log=False,
         server_header=False,
         limit_concurrency=1000,

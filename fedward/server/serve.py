@@ -4,6 +4,7 @@
 """
 
 import datetime
+import gc
 import logging
 import os
 import signal
@@ -20,9 +21,10 @@ from fedward.server.control_service import ControlService, Health, control_serve
 from fedward.server.coordinator_folder import CoordinatorFolder
 from fedward.server.engine import Engine
 from fedward.server.enrolment import enrolment_app
-from fedward.server.front import Front, Listener, front_server
+from fedward.server.fleet_api import fleet_app
+from fedward.server.front import MAX_BODY, Front, Listener, front_server
 from fedward.server.members import open_members
-from fedward.server.superlink import LinkState, admit_nodes, flower_app, open_state
+from fedward.server.superlink import LinkState, admit_nodes, open_state
 from fedward.server.supervisor import Part, end_with_supervisor, supervise
 
 _LOG = logging.getLogger(__name__)
@@ -57,9 +59,10 @@ def run_link(folder: CoordinatorFolder, stop: threading.Event) -> None:
     state = open_state(folder.fleet_database)
     _admit(folder, state)
     front = Front(
-        flower_app(folder.fleet_database),
+        fleet_app(folder.fleet_database, MAX_BODY),
         enrolment_app(folder, on_change=lambda: _admit(folder, state)),
     )
+    gc.freeze()  # what was imported stays: it need not be looked through again and again
     server = front_server(
         front,
         Listener(

@@ -1,16 +1,15 @@
-"""Flower's SuperLink as the coordinator's mail office: the only module that touches its internals.
+"""Flower's SuperLink as the coordinator's mail office: its database, and the engine's end of it.
 
 Two processes share Flower's database file. The *link* answers sites on the public port
-(:func:`flower_app` behind :mod:`fedward.server.front`). The *round engine* puts messages into the
-database and takes replies from it (:class:`LinkGrid`), through Flower's own ``LinkState``. So
-Flower's control and runtime APIs are served nowhere, and either process may be killed at any
-instant (docs/adr/0007).
+(:mod:`fedward.server.fleet_api` behind :mod:`fedward.server.front`). The *round engine* puts
+messages into the database and takes replies from it (:class:`LinkGrid`), through Flower's own
+``LinkState``. So Flower's control and runtime APIs are served nowhere, and either process may be
+killed at any instant (docs/adr/0007). These modules alone touch Flower's internals.
 """
 
 import contextlib
 import fcntl
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode
 from flwr.server.superlink.linkstate import LinkState as LinkState  # for who imports it here
+from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.serverapp import Grid
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
@@ -36,20 +36,15 @@ from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
-from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import (
-    SuperLinkLifespanConfig,
     get_federation_manager,
     get_objectstore_linkstate_factories,
 )
-from flwr.superlink.main import create_app
 from sqlalchemy.exc import OperationalError
 
 from fedward.errors import IdentityError, RoundError
 from fedward.messages import inflate
 from fedward.server.database import expect_large_pieces, retry_busy
-from fedward.server.enrolment import AsgiApp
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,44 +53,19 @@ _LONGEST_POLL = 0.5
 _DELIVERIES = 3
 
 
-def flower_app(database: Path) -> AsgiApp:
-    """Flower's SuperLink application over a database file, with node authentication."""
-    config = SuperLinkLifespanConfig(
-        control_address="",
-        health_server_address=None,
-        host="127.0.0.1",
-        port=0,
-        insecure=False,
-        certificates=None,
-        superexec_auth_secret=os.urandom(32),  # nobody has it, and no route asks for it
-        authn_plugin=NoOpControlAuthnPlugin(),
-        event_log_plugin=None,
-        fleet_event_log_plugin=None,
-        enable_event_log=False,
-        artifact_provider=None,
-        enable_supernode_auth=True,
-        fleet_api_type="grpc-rere",
-        fleet_api_address=None,
-        simulation=False,
-        ssl_ca_certfile=None,
-        ssl_certfile=None,
-        ssl_keyfile=None,
-        database=str(database),
-        isolation="process",
-        runtime_dependency_install=False,
-    )
-    expect_large_pieces()
-    with _only_one(database):
-        return create_app(config, SuperLinkLifespan)
-
-
-def open_state(database: Path) -> LinkState:
+def open_states(database: Path) -> LinkStateFactory:
     """Open, or make, Flower's database."""
     expect_large_pieces()
     manager = get_federation_manager(is_simulation=False)
     with _only_one(database):
-        _, factory = get_objectstore_linkstate_factories(str(database), manager)
-        return factory.state()
+        _, states = get_objectstore_linkstate_factories(str(database), manager)
+        states.state()  # makes the tables
+    return states
+
+
+def open_state(database: Path) -> LinkState:
+    """Open, or make, Flower's database, for one process."""
+    return open_states(database).state()
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from fedward.private_files import write_private
 from fedward.server.certificates import issue
 from fedward.server.coordinator_folder import CoordinatorConfig, CoordinatorFolder
 from fedward.server.enrolment import enrolment_app
-from fedward.server.front import Front, Listener, front_server
+from fedward.server.fleet_api import fleet_app
+from fedward.server.front import MAX_BODY, Front, Listener, front_server
 from fedward.server.members import open_members
-from fedward.server.superlink import flower_app
 
 
 def free_port() -> int:
@@ -95,7 +95,7 @@ def serving(coordinator: CoordinatorFolder) -> Iterator[None]:
         certificate=coordinator.server_certificate,
         key=coordinator.server_key,
     )
-    front = Front(flower_app(coordinator.fleet_database), enrolment_app(coordinator))
+    front = Front(fleet_app(coordinator.fleet_database, MAX_BODY), enrolment_app(coordinator))
     server = front_server(front, listener)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -10,8 +10,8 @@ from uvicorn.server import ServerState
 
 from fedward.enrolment import ENROL_PATH, LEAVE_PATH, ROSTER_PATH
 from fedward.server.enrolment import AsgiApp, Receive, Scope, Send
-from fedward.server.front import FLEET_PATHS, MAX_BODY, Front, ImpatientProtocol
-from fedward.server.pushes import PUSH_PATH
+from fedward.server.fleet_api import FLEET_PATHS
+from fedward.server.front import MAX_BODY, Front, ImpatientProtocol
 
 
 def echo(name: str) -> AsgiApp:
@@ -57,7 +57,7 @@ def front() -> Front:
     return Front(echo("flower"), echo("enrolment"), clock=lambda: 0.0)
 
 
-@pytest.mark.parametrize("path", sorted(FLEET_PATHS - {PUSH_PATH}))
+@pytest.mark.parametrize("path", sorted(FLEET_PATHS))
 def test_what_a_site_needs_goes_through(front, path):
     assert ask(front, path) == (200, b"flower")
     assert ask(front, path, method="GET") == (404, b"")

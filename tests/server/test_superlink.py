@@ -24,8 +24,9 @@ from flwr.proto.fleet_pb2 import (
     PullMessagesRequest,
     PushMessagesRequest,
 )
+from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_object_id, get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from sqlalchemy import text
@@ -179,7 +180,8 @@ def test_grids_side_by_side_each_get_their_own_replies(house):
 
 def test_pieces_of_an_adapter_are_neither_copied_into_the_file_at_once_nor_wiped(house):
     with house.state.session() as session:
-        assert session.execute(text("PRAGMA wal_autocheckpoint")).scalar() == 1 << 16
+        assert session.execute(text("PRAGMA page_size")).scalar() == 1 << 16
+        assert session.execute(text("PRAGMA wal_autocheckpoint")).scalar() == 1 << 12
         assert session.execute(text("PRAGMA secure_delete")).scalar() == 0
         assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
 
@@ -268,6 +270,33 @@ def test_an_outsider_cannot_speak_for_a_node(house, tmp_path):
     with pytest.raises(httpx.HTTPStatusError, match="401"):
         client.PullMessages(request)
     assert not house.clients(0).PullMessages(request).messages_list  # the control
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"\xff" * 9, 400), (PullObjectRequest().SerializeToString(), 401)]
+)
+def test_a_call_that_is_none_or_of_nobody_gets_a_bare_status(house, body, status):
+    url = f"{house.coordinator.config().address}/v1/fleet/pull-object"
+    answer = httpx.post(url, content=body, verify=str(house.coordinator.ca))
+    assert (answer.status_code, answer.content) == (status, b"")
+
+
+def test_no_piece_is_taken_that_no_reply_has_announced(house):
+    node = Node(node_id=house.nodes[0])
+    content = record(b"x").array_records["parts"]["a"].deflate()
+    number = get_object_id(content)
+    with house.grid() as grid:
+        for session in ("", "none"):
+            request = PushObjectRequest(
+                node=node,
+                run_id=grid.run.run_id,
+                session_id=session,
+                object_id=number,
+                object_content=content,
+            )
+            assert not house.clients(0).PushObject(request).stored
+        asked = PullObjectRequest(node=node, run_id=grid.run.run_id, object_id=number)
+        assert not house.clients(0).PullObject(asked).object_found
 
 
 def test_one_node_cannot_answer_for_another(house):
