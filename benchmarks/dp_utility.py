@@ -19,10 +19,9 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from reporting import choose, grid_options, machine
+from reporting import choose, grid_options, machine, work_through
 from transformers.utils import logging
 from utility_grid.cells import Cell, Grid, Size, grid
 from utility_grid.tables import figures, lines, markdown, plot, sentences
@@ -44,19 +43,6 @@ def wanted(patterns: str, seeds: str | None, *, quick: bool) -> list[Cell]:
             and cell.epsilon in {math.inf, 1.0}
         ]
     return choose(grid(), patterns, seeds)
-
-
-def work_through(results: Grid, cells: Sequence[Cell]) -> None:
-    """Run what is not done yet, and say what each cell came to."""
-    for number, cell in enumerate(cells, start=1):
-        known = results.result(cell)
-        found = known or results.run(cell)
-        note = (
-            "kept"
-            if known
-            else f"{found['cpu_seconds']:.0f} CPU s, {found['seconds']:.0f} s, load {found['load']}"
-        )
-        print(f"[{number}/{len(cells)}] {cell.name}: {found['mean']:.4f} ({note})", flush=True)
 
 
 def report(results: Grid, options: argparse.Namespace) -> None:

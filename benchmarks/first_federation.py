@@ -18,13 +18,12 @@ import argparse
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from federation_grid.cells import TASKS, Cell, Grid, grid
 from federation_grid.tables import checks, compare, figures, markdown
-from reporting import choose, grid_options, machine
+from reporting import choose, grid_options, machine, work_through
 from transformers.utils import logging
 
 from fedward.errors import FedwardError
@@ -42,15 +41,6 @@ def wanted(patterns: str, seeds: str | None) -> list[Cell]:
 def short_demo(plan: Plan) -> Plan:
     """Two rounds of the demo: enough to see every part work, not what it reaches."""
     return dataclasses.replace(plan, rounds=dataclasses.replace(plan.rounds, count=2, spare=0))
-
-
-def work_through(results: Grid, cells: Sequence[Cell]) -> None:
-    """Run what is not done yet, and say what each cell came to."""
-    for number, cell in enumerate(cells, start=1):
-        known = results.result(cell)
-        found = known or results.run(cell)
-        note = "kept" if known else f"{found['seconds']:.0f} s, load {found['load']}"
-        print(f"[{number}/{len(cells)}] {cell.name}: {found['mean']:.4f} ({note})", flush=True)
 
 
 def report(results: Grid, options: argparse.Namespace) -> None:

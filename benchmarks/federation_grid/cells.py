@@ -154,7 +154,7 @@ class Grid:
                 "mean": baseline.accuracy(case.plan, pooled(case.sites), case.test)
             }
         else:
-            plan = case.plan if cell.private else _without_privacy(case.plan)
+            plan = case.plan if cell.private else without_privacy(case.plan)
             adapter, facts = self._train(cell, plan, case)
             facts["seconds_training"] = round(time.monotonic() - began, 1)
             metrics = evaluate_adapter(plan, adapter, case.test)
@@ -196,14 +196,14 @@ class Grid:
         if cell.way == "base":
             return tuned_model(plan).start, {}
         if cell.way == "federated":
-            return _federate(plan, case, self._folder / "runs" / cell.name)
+            return federate(plan, case, self._folder / "runs" / cell.name)
         if cell.way == "central":
             step = mechanism(plan, normaliser=plan.rounds.normaliser * len(case.sites))
             return train_in_one_place(plan, pooled(case.sites), step=step), {}
         return train_in_one_place(plan, case.sites[cell.way.removeprefix("alone-")]), {}
 
 
-def _without_privacy(plan: Plan) -> Plan:
+def without_privacy(plan: Plan) -> Plan:
     """The plan without clip and noise; plain steps then go as far along a gradient of length 1."""
     rounds, privacy = plan.rounds, dataclasses.replace(plan.privacy, epsilon=math.inf)
     if rounds.optimizer == "sgd":  # AdamW does not feel the length of a gradient
@@ -212,7 +212,7 @@ def _without_privacy(plan: Plan) -> Plan:
     return dataclasses.replace(plan, rounds=rounds, privacy=privacy)
 
 
-def _federate(plan: Plan, case: Case, folder: Path) -> tuple[bytes, dict[str, Any]]:
+def federate(plan: Plan, case: Case, folder: Path) -> tuple[bytes, dict[str, Any]]:
     """Run a whole federation, with the demo's accident in round 2 where there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     tuned, names = tuned_model(plan), sorted(case.sites)

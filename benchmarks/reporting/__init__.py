@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fedward.errors import ConfigurationError
 
@@ -24,6 +24,9 @@ def machine(*packages: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("fedward", *packages)},
     }
+
+
+C_contra = TypeVar("C_contra", contravariant=True)
 
 
 class Named(Protocol):
@@ -43,6 +46,18 @@ class Named(Protocol):
 C = TypeVar("C", bound=Named)
 
 
+class Results(Protocol[C_contra]):
+    """The kept results of a grid."""
+
+    def result(self, cell: C_contra) -> dict[str, Any] | None:
+        """What a finished cell found, or None."""
+        ...
+
+    def run(self, cell: C_contra) -> dict[str, Any]:
+        """Do a cell and keep what came of it: ``mean``, ``seconds`` and ``load`` at least."""
+        ...
+
+
 def choose(cells: Sequence[C], patterns: str, seeds: str | None) -> list[C]:
     """The cells of some seeds whose names one of the comma-separated patterns matches.
 
@@ -60,6 +75,17 @@ def choose(cells: Sequence[C], patterns: str, seeds: str | None) -> list[C]:
             )
         chosen |= set(matching)
     return [cell for cell in cells if cell.name in chosen]
+
+
+def work_through(results: Results[C], cells: Sequence[C]) -> None:
+    """Run what is not done yet, and say what each cell came to."""
+    for number, cell in enumerate(cells, start=1):
+        known = results.result(cell)
+        found = known or results.run(cell)
+        spent = [f"{found['cpu_seconds']:.0f} CPU s"] if "cpu_seconds" in found else []
+        note = ", ".join([*spent, f"{found['seconds']:.0f} s, load {found['load']}"])
+        says = "kept" if known else note
+        print(f"[{number}/{len(cells)}] {cell.name}: {found['mean']:.4f} ({says})", flush=True)
 
 
 def grid_options(about: str | None, out: str) -> argparse.ArgumentParser:

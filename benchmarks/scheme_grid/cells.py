@@ -1,0 +1,217 @@
+"""The grid's cells: ways to train together, with and without privacy, and files that keep them."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from federation_grid.cells import EXAMPLES, federate
+
+from fedward.client.trainer import mechanism
+from fedward.errors import ConfigurationError
+from fedward.plan import Plan, Privacy, Rounds, load_plan
+from fedward.private_files import write_private
+from fedward.simulations.case import Case, freeze_case
+from fedward.simulations.comparison import evaluate_adapter, pooled, train_in_one_place
+from fedward.tuning.models import fingerprint, resolve_model
+from fedward.tuning.records import Records, merge, select
+
+Scheme = Literal["fedavg", "ffa", "alternating", "sketch-once"]
+SCHEMES: tuple[Scheme, ...] = ("fedavg", "ffa", "alternating", "sketch-once")
+WAYS = ("alone", *SCHEMES, "central")
+EPSILONS = (math.inf, 3.0)
+SEEDS = (0, 1, 2)
+
+RATES: Mapping[tuple[str, float], float] = {}
+"""Way and epsilon to the learning rate; chosen on training units that no cell trains on, over three
+rates each, without looking at a test row."""
+
+TRIED = {math.inf: (1e-3, 3e-3, 1e-2), 3.0: (10.0, 20.0, 40.0)}
+"""Epsilon to the rates that were tried: AdamW's without privacy, SGD's with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much a cell does.
+
+    Args:
+        rows: Most training rows of all sites, taken as whole units and from each site alike.
+        test: Most test units.
+        rounds: Rounds without privacy, of five local steps each.
+        private_rounds: Rounds with privacy, of one step each.
+    """
+
+    rows: int = 5000
+    test: int = 100_000
+    rounds: int = 10
+    private_rounds: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training and its evaluation.
+
+    Args:
+        way: A scheme, ``alone`` (each site for itself) or ``central`` (all data in one place).
+        epsilon: Of the whole training; infinite without clip and noise.
+        seed: Of LoRA's start; draws and noise are new in every training.
+    """
+
+    way: str
+    epsilon: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Task, seed, epsilon and way with dots between; also the name of its file."""
+        epsilon = f"{self.epsilon:g}" if math.isfinite(self.epsilon) else "none"
+        return f"medquad.{self.seed}.{epsilon}.{self.way}"
+
+
+def grid() -> list[Cell]:
+    """Every cell; what is compared stands together."""
+    return [
+        Cell(way=way, epsilon=epsilon, seed=seed)
+        for seed, epsilon, way in itertools.product(SEEDS, EPSILONS, WAYS)
+    ]
+
+
+class Grid:
+    """The cells' results in one folder.
+
+    Args:
+        folder: Holds a file for each finished cell.
+        data: The folder of the shared data sets.
+        size: How much a cell does.
+    """
+
+    def __init__(self, folder: Path, data: Path, size: Size) -> None:
+        self._folder, self._data, self._size = folder, data, size
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """What a finished cell found, or None.
+
+        Raises:
+            ConfigurationError: It was of another plan.
+        """
+        path = self._folder / f"{cell.name}.json"
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["plan"] != self.plan(cell).hash().hex():
+            raise ConfigurationError(
+                f"{path}: of another plan than today's; remove it or choose another --out"
+            )
+        return found
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Train and evaluate one cell and keep what came of it."""
+        began, load = time.monotonic(), os.getloadavg()[0]
+        facts = self.train(cell, self.plan(cell), self._case.sites, self._case.test) | {
+            "cell": cell.name,
+            "plan": self.plan(cell).hash().hex(),
+            "seconds": round(time.monotonic() - began, 1),
+            "load": round(load, 1),
+        }
+        write_private(self._folder / f"{cell.name}.json", json.dumps(facts).encode())
+        return facts
+
+    def tune(self, cell: Cell) -> dict[float, float]:
+        """Learning rate to accuracy on training units that are held out, a fifth of each site's."""
+        kept, held = dict[str, Records](), list[Records]()
+        for name, records in self._case.sites.items():
+            order = np.random.default_rng(1).permutation(len(records.units)).tolist()
+            fifth = math.ceil(len(order) / 5)
+            held.append(select(records, order[:fifth]))
+            kept[name] = select(records, order[fifth:])
+        found = {}
+        for rate in TRIED[cell.epsilon]:
+            plan = self.plan(cell, rate)
+            found[rate] = self.train(cell, plan, kept, merge(held))["mean"]
+        return found
+
+    def train(
+        self, cell: Cell, plan: Plan, sites: Mapping[str, Records], test: Records
+    ) -> dict[str, Any]:
+        """What a way reaches on test records, and what it cost."""
+        facts: dict[str, Any] = {}
+        if cell.way == "alone":
+            each = [
+                self._scores(plan, train_in_one_place(plan, records), test)
+                for _, records in sorted(sites.items())
+            ]
+            means = [float(scores.mean()) for scores in each]
+            scores = np.mean(each, axis=0)
+            facts = {"each": dict(zip(sorted(sites), means, strict=True))}
+        elif cell.way == "central":
+            step = mechanism(plan, normaliser=plan.rounds.normaliser * len(sites))
+            scores = self._scores(plan, train_in_one_place(plan, pooled(sites), step=step), test)
+        else:
+            folder = self._folder / "runs" / cell.name
+            shutil.rmtree(folder, ignore_errors=True)
+            adapter, facts = federate(plan, dataclasses.replace(self._case, sites=sites), folder)
+            shutil.rmtree(folder)
+            scores = self._scores(plan, adapter, test)
+        return facts | {"mean": float(scores.mean()), "scores": scores.tolist()}
+
+    def plan(self, cell: Cell, rate: float | None = None) -> Plan:
+        """The example's plan with the cell's way, privacy and learning rate."""
+        private, plan = math.isfinite(cell.epsilon), self._example
+        rounds = Rounds(
+            count=self._size.private_rounds if private else self._size.rounds,
+            spare=0,
+            steps=1 if private else 5,
+            sampling_rate=0.1,
+            normaliser=self._size.rows / 9 * 0.1,
+            learning_rate=rate or RATES.get((cell.way, cell.epsilon), TRIED[cell.epsilon][1]),
+            optimizer="sgd" if private else "adamw",
+            deadline="10m",
+        )
+        scheme = cell.way if cell.way in SCHEMES else "fedavg"
+        return dataclasses.replace(
+            plan,
+            seed=cell.seed,
+            tuner=dataclasses.replace(
+                plan.tuner, arguments={**plan.tuner.arguments, "r": 8, "lora_alpha": 8}
+            ),
+            rounds=rounds,
+            aggregation=dataclasses.replace(plan.aggregation, scheme=scheme, update_clip=100.0),
+            privacy=Privacy(epsilon=cell.epsilon, delta=1e-5, clip=0.5, records_per_unit=1),
+        )
+
+    @cached_property
+    def _example(self) -> Plan:
+        plan = load_plan(EXAMPLES / "medquad.toml")
+        found = fingerprint(resolve_model(plan.model))
+        return dataclasses.replace(plan, model=dataclasses.replace(plan.model, sha256=found))
+
+    @cached_property
+    def _case(self) -> Case:
+        """The nine institutes, each with the same share of its units."""
+        case = freeze_case(self._example, self._data / "medquad")
+        rows = sum(len(records.rows) for records in case.sites.values())
+        sites = {
+            name: _part(records, self._size.rows / rows) for name, records in case.sites.items()
+        }
+        test = select(case.test, range(min(self._size.test, len(case.test.units))))
+        return dataclasses.replace(case, sites=sites, test=test)
+
+    @staticmethod
+    def _scores(plan: Plan, adapter: bytes, test: Records) -> Any:  # noqa: ANN401  # 0 and 1
+        return evaluate_adapter(plan, adapter, test).correct
+
+
+def _part(records: Records, share: float) -> Records:
+    """Whole units, drawn alike in every run, that hold about that share of the rows."""
+    order = np.random.default_rng(0).permutation(len(records.units))
+    rows = np.cumsum([len(records.units[unit]) for unit in order])
+    return select(records, order[rows <= max(rows[0], share * rows[-1])].tolist())

@@ -1,0 +1,116 @@
+"""What finished cells say together: accuracy, bytes, seconds and paired differences."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedward.tuning.metrics import paired_interval
+from scheme_grid.cells import EPSILONS, SEEDS, WAYS, Cell
+
+Results = Mapping[str, Mapping[str, Any]]
+
+PAIRS = (
+    ("sketch-once", "fedavg"),
+    ("sketch-once", "ffa"),
+    ("sketch-once", "central"),
+    ("alternating", "fedavg"),
+    ("fedavg", "central"),
+    ("fedavg", "alone"),
+)
+"""Ways whose difference is reported."""
+
+
+def _of(done: Results, way: str, epsilon: float, seeds: Sequence[int]) -> list[Mapping[str, Any]]:
+    names = [Cell(way=way, epsilon=epsilon, seed=seed).name for seed in seeds]
+    return [done[name] for name in names if name in done]
+
+
+def _both(done: Results, one: str, other: str, epsilon: float) -> list[int]:
+    """The seeds of which both ways are done."""
+    return [
+        seed
+        for seed in SEEDS
+        if _of(done, one, epsilon, [seed]) and _of(done, other, epsilon, [seed])
+    ]
+
+
+def _difference(
+    done: Results, one: str, other: str, epsilon: float
+) -> tuple[float, float, float] | None:
+    """Mean difference with its interval: scores are means over seeds, pairs are test rows."""
+    seeds = _both(done, one, other, epsilon)
+    if not seeds:
+        return None
+    ours, theirs = (
+        np.mean([cell["scores"] for cell in _of(done, way, epsilon, seeds)], axis=0)
+        for way in (one, other)
+    )
+    return paired_interval(ours, theirs)
+
+
+def _name(epsilon: float) -> str:
+    return f"epsilon {epsilon:g}" if math.isfinite(epsilon) else "no privacy"
+
+
+def sentences(done: Results) -> list[str]:
+    """One line a way, and one a difference."""
+    lines = []
+    for epsilon in EPSILONS:
+        for way in WAYS:
+            means = [cell["mean"] for cell in _of(done, way, epsilon, SEEDS)]
+            if means:
+                each = ", ".join(f"{mean:.3f}" for mean in means)
+                lines.append(f"{_name(epsilon)}, {way}: {np.mean(means):.3f} ({each})")
+        for one, other in PAIRS:
+            found = _difference(done, one, other, epsilon)
+            if found is not None:
+                lines.append(f"{_name(epsilon)}, {one} - {other}: {_interval(found)}")
+    return lines
+
+
+def figures(done: Results) -> dict[str, Any]:
+    """Every mean and difference by name; those without privacy have the short names."""
+    named: dict[str, Any] = {}
+    for epsilon in EPSILONS:
+        prefix = "" if math.isinf(epsilon) else f"epsilon_{epsilon:g}."
+        for way in WAYS:
+            means = [cell["mean"] for cell in _of(done, way, epsilon, SEEDS)]
+            named |= {f"{prefix}{way}": means} if means else {}
+        for one, other in PAIRS:
+            found = _difference(done, one, other, epsilon)
+            if found is not None:
+                key = f"{one}_minus_{other}".replace("sketch-once", "sketch_once")
+                named[f"{prefix}{key}"] = found
+    return named
+
+
+def markdown(done: Results) -> str:
+    """Tables for docs/benchmarks.md."""
+    lines = [
+        "| privacy | way | accuracy, mean (each seed) | KB up a site and round | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for epsilon in EPSILONS:
+        for way in WAYS:
+            cells = _of(done, way, epsilon, SEEDS)
+            if cells:
+                means = [cell["mean"] for cell in cells]
+                each = ", ".join(f"{mean:.3f}" for mean in means)
+                sent = [c["bytes_up_a_round"] / 1e3 for c in cells if "bytes_up_a_round" in c]
+                up = f"{np.median(sent):.0f}" if sent else ""
+                seconds = f"{np.median([cell['seconds'] for cell in cells]):.0f}"
+                score = f"{np.mean(means):.3f} ({each})"
+                lines.append(f"| {_name(epsilon)} | {way} | {score} | {up} | {seconds} |")
+    lines += ["", "| privacy | difference | accuracy [95 % paired] |", "|---|---|---|"]
+    for epsilon in EPSILONS:
+        for one, other in PAIRS:
+            found = _difference(done, one, other, epsilon)
+            if found is not None:
+                lines.append(f"| {_name(epsilon)} | {one} - {other} | {_interval(found)} |")
+    return "\n".join(lines)
+
+
+def _interval(ends: tuple[float, float, float]) -> str:
+    return f"{ends[0]:+.3f} [{ends[1]:+.3f}, {ends[2]:+.3f}]"
