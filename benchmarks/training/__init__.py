@@ -1,0 +1,1 @@
+"""Parts of ``central.py``: what is trained, and the two sides that train it."""
