@@ -10,6 +10,7 @@ from torch import nn
 
 from fedward.errors import DataError
 from fedward.tuning.objectives import Encoded, collate, loss_and_logits
+from fedward.tuning.resampling import bootstrap, each_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +98,13 @@ def paired_interval(
     if first.shape != second.shape or first.size == 0:
         raise DataError("a paired comparison needs scores of the same examples, at least one")
     difference = first - second
-    generator = np.random.default_rng(seed)
-    means = [
-        difference[generator.integers(0, difference.size, difference.size)].mean()
-        for _ in range(resamples)
-    ]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    low, high = bootstrap(
+        lambda rows: difference[rows].mean(keepdims=True),
+        each_row(difference.size),
+        seed=seed,
+        resamples=resamples,
+    )
+    return float(difference.mean()), float(low[0]), float(high[0])
 
 
 def _by_length(encoded: Encoded, batch_size: int) -> Iterator[list[int]]:

@@ -97,6 +97,7 @@ def loss_and_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     labels = batch["labels"]
     if labels.dim() == 1:
         return cross_entropy(logits.float(), labels, reduction="none"), logits
+    logits = logits[:, -labels.shape[1] :]  # trained vectors before the input have logits too
     shifted = labels[:, 1:]
     tokens = cross_entropy(
         logits[:, :-1].float().transpose(1, 2), shifted, reduction="none", ignore_index=IGNORED

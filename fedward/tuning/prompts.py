@@ -91,8 +91,8 @@ def _chat(
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:number], generation_prompt=True)
-        after = _render(tokenizer, messages[: number + 1])
+        before = render(tokenizer, messages[:number], generation_prompt=True)
+        after = render(tokenizer, messages[: number + 1])
         if not (before.startswith(done) and after.startswith(before)):
             raise ConfigurationError(
                 "the model's chat template renders earlier turns anew, so that the assistant's "
@@ -104,12 +104,22 @@ def _chat(
     return [piece for piece in pieces if piece.text]
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
     *,
     generation_prompt: bool = False,
 ) -> str:
+    """Messages as the tokenizer's chat template writes them; no messages are empty text.
+
+    Args:
+        tokenizer: Has a chat template.
+        messages: Turns with ``role`` and ``content``.
+        generation_prompt: Whether the assistant's next turn is begun.
+
+    Raises:
+        ConfigurationError: The template refuses these roles; no word of the content is told.
+    """
     if not messages:
         return ""
     text: str | None = None
