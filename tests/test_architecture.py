@@ -20,6 +20,7 @@ LEAVES = {
     "errors",
     "failpoints",
     "identity",
+    "local_ray",
     "messages",
     "plan",
     "plan_aggregation",

@@ -5,8 +5,6 @@ ever. Each actor is one process with one thread and one loaded model, and serves
 """
 
 import contextlib
-import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,12 +13,12 @@ import torch
 
 from fedward.client.trainer import LocalTrainer
 from fedward.client.training import Scores, Trainer, TrainRequest, TrainResult
-from fedward.errors import ConfigurationError, FedwardError, InvalidValue, ModelError
+from fedward.errors import FedwardError, InvalidValue, ModelError
+from fedward.local_ray import local_ray
 from fedward.plan import Plan
 from fedward.simulations.failure import Failure
 from fedward.tuning.records import Records
 
-_THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _Result = TypeVar("_Result")
 
 
@@ -50,8 +48,7 @@ def ray_trainers(
     """
     if workers < 1:
         raise InvalidValue("workers", workers, "1 or more")
-    ray = _start(workers)
-    try:
+    with local_ray(workers, "--engine ray") as ray:
         held_out, keys = held_out or {}, keys or {}
         places = {
             name: _Place(records=records, held_out=held_out.get(name), key=keys.get(name))
@@ -67,8 +64,6 @@ def ray_trainers(
             name: _RayTrainer(ray, actors[number % workers], name)
             for number, name in enumerate(names)
         }
-    finally:
-        ray.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,27 +134,3 @@ class _RayTrainer:
         if not isinstance(result, kind):
             raise ModelError(f"a trainer's process answered with {type(result).__name__}")
         return result
-
-
-def _start(workers: int) -> Any:  # noqa: ANN401  # a module
-    """Ray, started; imported here because it is an extra."""
-    # Despite its name it is what makes Ray listen on loopback alone, if it is there at the import.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigurationError(
-            "--engine ray needs Ray: pip install 'fedward[ray]', or leave --engine out"
-        ) from error
-    try:
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": _THREADS},
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigurationError(f"Ray does not start: {error}") from error
-    return ray
