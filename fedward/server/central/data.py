@@ -6,7 +6,7 @@ They are the coordinator's, not a patient's: an error may name a column and a ro
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from datasets import Dataset
 
@@ -60,7 +60,7 @@ def read_dataset(path: Path, step: Step) -> Dataset:
         check_column(column, table.columns, path)
     return Dataset.from_list(
         [
-            {name: _value(row.get(column), name, place) for name, column in wanted.items()}
+            {name: value_of(row.get(column), name, place) for name, column in wanted.items()}
             for row, place in whole_rows(table.rows, path)
         ]
     )
@@ -101,17 +101,31 @@ def columns_table() -> str:
     return "".join(lines)
 
 
-def _value(value: object, column: str, where: str) -> Any:  # noqa: ANN401  # text, messages, truth
+def value_of(value: object, column: str, where: str) -> Any:  # noqa: ANN401  # text, messages, truth
+    """One field as TRL wants it: text, messages, or the truth of a ``label``.
+
+    Raises:
+        DataError: It is something else.
+    """
     if column == "label":
         found = _TRUTH.get(value.lower() if isinstance(value, str) else value)
         if found is None:
             raise DataError(f"{where}: column 'label' must hold true or false")
         return found
+    if not is_talk(value):
+        raise DataError(
+            f"{where}: column {column!r} must hold text, or a list of {{role, content}}"
+        )
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(map(_is_message, value)):
-        return [{"role": message["role"], "content": message["content"]} for message in value]
-    raise DataError(f"{where}: column {column!r} must hold text, or a list of {{role, content}}")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def is_talk(value: object) -> TypeGuard[str | list[Mapping[str, str]]]:
+    """Whether a field is text, or a list of ``{role, content}`` with one or more of them."""
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(map(_is_message, value))
+    )
 
 
 def _is_message(message: object) -> bool:

@@ -1,17 +1,22 @@
 """A trained model on a file of records: batched, and resumed where it was interrupted."""
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from fedward.errors import ConfigurationError, DataError
-from fedward.server.central.data import file_digest, whole_rows
-from fedward.server.central.loading import Kind, identity, open_trained
+from fedward.server.central.data import file_digest, is_talk, whole_rows
+from fedward.server.central.inputs import Talk, closed_ids, open_ids
+from fedward.server.central.loading import identity, open_trained
+from fedward.server.central.manifest import Kind
 from fedward.tuning.records import check_column, read_table
 
 RESULT = "prediction"
@@ -67,8 +72,8 @@ def predict(
         task = progress.add_task("predict", total=len(rows), completed=done)
         for first in range(done, len(rows), batch_size):
             batch = rows[first : first + batch_size]
-            texts = [_text(row.get(found), tokenizer, kind, place) for row, place in batch]
-            said = _say(loaded, tokenizer, kind, texts, max_new_tokens)
+            inputs = [_input(row.get(found), tokenizer, kind, place) for row, place in batch]
+            said = say(loaded, tokenizer, kind, inputs, max_new_tokens)
             for (row, _), result in zip(batch, said, strict=True):
                 file.write(json.dumps({**row, RESULT: result}, ensure_ascii=False) + "\n")
             file.flush()
@@ -105,31 +110,56 @@ def _done(
     return whole
 
 
-def _text(value: object, tokenizer: Any, kind: Kind, place: str) -> str:  # noqa: ANN401  # theirs
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
-        goes_on = kind == "language"
-        return str(
-            tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=goes_on)
-        )
-    raise DataError(f"{place}: expected text, or a list of {{role, content}}")
+def _input(value: object, tokenizer: Any, kind: Kind, place: str) -> list[int]:  # noqa: ANN401  # theirs
+    if not is_talk(value):
+        raise DataError(f"{place}: expected text, or a list of {{role, content}}")
+    return input_ids(value, tokenizer, kind)
+
+
+def input_ids(talk: Talk, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> list[int]:
+    """Tokens of what a model reads: closed, but for what it goes on with or a classifier's text."""
+    if kind == "language" or (kind == "classifier" and isinstance(talk, str)):
+        return open_ids(talk, tokenizer)
+    return closed_ids(None, talk, tokenizer)
 
 
 @torch.no_grad()
-def _say(
+def say(
     model: Any,  # noqa: ANN401  # transformers' or PEFT's
     tokenizer: Any,  # noqa: ANN401  # transformers'
     kind: Kind,
-    texts: Sequence[str],
+    inputs: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> list[str | float]:
-    side = "left" if kind == "language" else "right"
-    batch = tokenizer(
-        list(texts), return_tensors="pt", padding=True, padding_side=side, add_special_tokens=False
-    ).to(model.device)
-    given = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    if kind != "language":
+    """What a model says of some inputs: a greedy continuation, a number, or a label.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        kind: What the model is.
+        inputs: Tokens, one or more each; what is longer than the model can hold is cut, for a
+            language model at its beginning.
+        max_new_tokens: Longest continuation, 1 or more.
+    """
+    language, most = kind == "language", longest(model, tokenizer)
+    if language:
+        cut = [ids[-max(1, most - max_new_tokens) :] for ids in inputs]
+    else:
+        cut = [ids[:most] for ids in inputs]
+    side = "left" if language else "right"
+    given = {
+        key: pad_sequence(
+            [torch.tensor(one) for one in rows],
+            batch_first=True,
+            padding_value=filler,
+            padding_side=side,
+        ).to(model.device)
+        for key, rows, filler in (
+            ("input_ids", cut, tokenizer.pad_token_id),
+            ("attention_mask", [[1] * len(ids) for ids in cut], 0),
+        )
+    }
+    if not language:
         logits = model(**given).logits.float()
         if kind == "reward":
             return [float(x) for x in logits[:, 0]]
@@ -143,3 +173,9 @@ def _say(
     )
     new = made[:, given["input_ids"].shape[1] :]
     return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def longest(model: Any, tokenizer: Any) -> int:  # noqa: ANN401  # theirs
+    """Most tokens that a model can read."""
+    positions = vars(model.config.get_text_config()).get("max_position_embeddings")
+    return min(int(tokenizer.model_max_length), positions or sys.maxsize)
