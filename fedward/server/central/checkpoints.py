@@ -5,9 +5,11 @@ exports. That is not all that is trained (p-tuning's network is left out), nor A
 what mattered, nor PPO's critic. So the rest stands in ``training.safetensors`` beside it.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251  # torch raises it; nothing is unpickled here
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ def exact(cls: Any) -> Any:  # noqa: ANN401  # a trainer class of TRL, which is 
     Models that are sharded over processes are left to transformers.
     """
 
-    class Exact(cls):  # type: ignore[misc]
+    class Exact(_careful(cls)):  # type: ignore[misc]
         """The class with checkpoints of its own."""
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -74,6 +76,42 @@ def exact(cls: Any) -> Any:  # noqa: ANN401  # a trainer class of TRL, which is 
             restore(self, Path(self.state.best_model_checkpoint))
 
     return Exact
+
+
+def _careful(cls: Any) -> Any:  # noqa: ANN401  # as above
+    """A trainer class that says which checkpoint cannot be read."""
+
+    class Careful(cls):  # type: ignore[misc]
+        """The class with errors of Fedward's."""
+
+        def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+            with _tensors_alone(checkpoint):
+                super()._load_from_checkpoint(checkpoint, model)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            with _tensors_alone(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            with _tensors_alone(checkpoint):
+                super()._load_rng_state(checkpoint)
+
+    return Careful
+
+
+@contextlib.contextmanager
+def _tensors_alone(checkpoint: str | None) -> Iterator[None]:
+    """Tell a checkpoint's file that is no plain tensors from a defect of the program.
+
+    transformers reads its ``.pt`` files with ``weights_only``: torch's reader knows tensors and
+    plain values, and refuses a pickle that names anything else before it runs.
+    """
+    try:
+        yield
+    except (UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        raise ConfigurationError(
+            f"{checkpoint}: cannot be read as tensors alone ({type(error).__name__}): remove it"
+        ) from error
 
 
 class _EpochSampler(RepeatSampler):
