@@ -1,0 +1,165 @@
+"""``[fallback]``: the coordinator completes a round by its own training, on data that it may use.
+
+The training goes on from the last good adapter, over the plan's base and with the plan's tuner, so
+that sites can take its result for the next round's start. It runs in a process of its own:
+``python -m fedward.server.fallback WORK BASE``. Killed, it goes on from its last checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fedward import typed_toml
+from fedward.errors import ConfigurationError, FedwardError, ModelError
+from fedward.plan import Plan, from_json
+from fedward.private_files import make_private_folder, write_private
+from fedward.server.central.job import Step, load_job
+
+_LOG = logging.getLogger(__name__)
+
+_PLAN, _JOB, _START, _RESULT = "plan.json", "job.toml", "start.safetensors", "end.safetensors"
+_LOOK_SECONDS = 0.2
+
+
+def fallback_job(plan: Plan, path: Path) -> Step:
+    """Read the job of a plan's fallback, and check that it trains what the sites would.
+
+    Args:
+        plan: Its base, tuner and objective are what the job has to name too.
+        path: The job's file; its data are found from the current folder.
+
+    Returns:
+        The job's one step, with its data's absolute paths.
+
+    Raises:
+        ConfigurationError: With what is expected.
+    """
+    if plan.task.objective != "sft":
+        raise ConfigurationError(
+            f"[fallback]: central training has no stage for the objective {plan.task.objective!r}; "
+            "leave the section out"
+        )
+    job = load_job(path)
+    if len(job.steps) != 1:
+        raise ConfigurationError(f"{path}: a fallback is one step, not {len(job.steps)}")
+    (step,) = job.steps
+    expected = {
+        "stage": (step.stage, plan.task.objective),
+        "[model] path": (step.model.path, plan.model.path),
+        "[model] quantize": (step.model.quantize, plan.model.quantize),
+        "[tuner] method": (step.tuner.method, plan.tuner.method),
+        "[tuner]": (dict(step.tuner.arguments), dict(plan.tuner.arguments)),
+    }
+    for key, (given, wanted) in expected.items():
+        if given != wanted:
+            raise ConfigurationError(
+                f"{path}: {key} = {given!r}: expected {wanted!r}, as in the plan whose adapter it "
+                "goes on with"
+            )
+    found = {
+        key: name and str(Path(name).absolute())
+        for key, name in (("train", step.data.train), ("evaluation", step.data.evaluation))
+    }
+    for name in found.values():
+        if name is not None and not Path(name).exists():
+            raise ConfigurationError(f"{path}: [data] {name}: no such file")
+    return dataclasses.replace(step, data=dataclasses.replace(step.data, **found))
+
+
+def train_apart(
+    plan: Plan,
+    step: Step,
+    base: Path,
+    adapter: bytes,
+    work: Path,
+    look: Callable[[], None] = lambda: None,
+) -> bytes:
+    """Train on from an adapter, in a process of its own.
+
+    Args:
+        plan: The frozen plan.
+        step: From :func:`fallback_job`.
+        base: The base model's folder.
+        adapter: The state to go on from, safetensors bytes.
+        work: A folder for this job and this adapter; what a kill left there is gone on with.
+        look: Called while it trains; what it raises ends the process, whose checkpoints stay.
+
+    Returns:
+        The adapter's whole state, safetensors bytes.
+
+    Raises:
+        ModelError: The training failed; the message has its last line.
+    """
+    work = work / hashlib.sha256(adapter + plan.to_json()).hexdigest()[:16]
+    make_private_folder(work)
+    for name, data in (
+        (_PLAN, plan.to_json()),
+        (_JOB, typed_toml.dump(step).encode()),
+        (_START, adapter),
+    ):
+        write_private(work / name, data)
+    result = work / _RESULT
+    if not result.exists():
+        command = [sys.executable, "-P", "-m", "fedward.server.fallback", str(work), str(base)]
+        with (work / "said").open("wb") as said:
+            child = subprocess.Popen(  # noqa: S603  # our own command
+                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+            )
+            try:
+                while child.poll() is None:
+                    look()
+                    try:
+                        child.wait(_LOOK_SECONDS)
+                    except subprocess.TimeoutExpired:
+                        continue
+            finally:
+                child.kill()
+                child.wait()
+        if not result.exists():
+            lines = (work / "said").read_text(encoding="utf-8", errors="replace").splitlines()
+            last = next((line for line in reversed(lines) if line.strip()), "nothing was said")
+            raise ModelError(f"the fallback's training ended with {child.returncode}: {last}")
+    return result.read_bytes()
+
+
+def train_on(plan: Plan, step: Step, base: Path, adapter: bytes, work: Path) -> bytes:
+    """Train on from an adapter, in this process; see :func:`train_apart`."""
+    from fedward.server.central.checkpoints import latest  # imports torch and TRL
+    from fedward.server.central.loading import device
+    from fedward.server.central.stages import build
+    from fedward.server.central.validity import check_step
+    from fedward.tuning.adapter import adapter_state, from_bytes, load_adapter, to_bytes
+    from fedward.tuning.models import load_base
+    from fedward.tuning.tuners import attach
+
+    check_step(step)
+    held = dataclasses.replace(plan.model, path=str(base))
+    loaded, tokenizer = load_base(held, plan.task, device=device())
+    model = attach(loaded, plan)
+    trainer = build(step, base, work / "checkpoints", tuned=(model, tokenizer))
+    load_adapter(trainer.model, from_bytes(adapter))  # TRL has rounded it over a quantised base
+    checkpoint = latest(work / "checkpoints")
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return to_bytes(adapter_state(trainer.model))
+
+
+def main(work: Path, base: Path) -> int:
+    """Do what :func:`train_apart` has asked for; returns the exit status."""
+    try:
+        plan = from_json((work / _PLAN).read_bytes())
+        step = typed_toml.load(Step, work / _JOB)
+        result = train_on(plan, step, base, (work / _START).read_bytes(), work)
+        write_private(work / _RESULT, result)
+    except FedwardError as error:
+        _LOG.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
