@@ -19,8 +19,10 @@ from fedward.client.safe_logs import keep_records_out_of_logs
 from fedward.errors import ConfigurationError, FedwardError
 from fedward.privacy.cli import privacy_app
 from fedward.server.central.cli import predict, train
+from fedward.server.central.evaluation_cli import chat, compare, evaluate
 from fedward.server.cli import coordinator_app, run_app
 from fedward.server.members_cli import members_app
+from fedward.server.models_cli import models_app
 from fedward.simulations.audit_cli import audit
 
 _INTERRUPTED = 130
@@ -36,10 +38,14 @@ coordinator_app.add_typer(members_app)
 app.add_typer(coordinator_app, name="coordinator")
 app.add_typer(run_app, name="run")
 app.add_typer(site_app, name="site")
+app.add_typer(models_app, name="models")
 app.add_typer(privacy_app, name="privacy")
 privacy_app.command()(audit)
 app.command()(train)
 app.command()(predict)
+app.command()(evaluate)
+app.command()(compare)
+app.command()(chat)
 
 
 class Engine(StrEnum):
@@ -85,6 +91,13 @@ def simulate(
     ] = Engine.INPROCESS,
     workers: Annotated[int, typer.Option(help="Trainers at a time with --engine ray.", min=1)] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the demo's data and adapter.", min=0)] = 0,
+    registry: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="FEDWARD_REGISTRY",
+            help="Where the adapter is registered; left out: registry beside --out.",
+        ),
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -117,6 +130,7 @@ def simulate(
         ray_workers=workers if engine is Engine.RAY else 0,
         seed=seed,
         compare=compare,
+        registry=registry,
     )
     report = run_simulation(options, console)
     if json_output:

@@ -47,7 +47,7 @@ NAMES: Mapping[str, str] = {
     "ledger.run": "before a run is opened in the ledger",
     "ledger.reserve": "before a reservation is written",
     "ledger.sent": "before an update is marked as sent",
-    "ledger.written": "a line is durable; the ledger in memory lacks it",
+    "ledger.written": "a line of the ledger is durable; nobody was told",
     "journal.record": "before a line of the journal is written",
     "journal.recorded": "a line of the journal is durable",
     "chain.open": "before ledger, memory or journal is read",
@@ -76,9 +76,12 @@ NAMES: Mapping[str, str] = {
     "store.commit": "an event is written and not committed",
     "store.recorded": "an event is committed; nobody was told",
     "store.blob": "before an adapter or a sum becomes a file",
-    "store.again": "an adapter or a sum is a file already, and durable",
     "book.change": "before a run's state is changed",
     "book.changed": "a run's state is changed and not committed",
+    "registry.filled": "a version's files are written, and nothing says what they are",
+    "registry.signed": "a version is whole and durable, and not in its place",
+    "registry.moved": "a version is in its place, and not in the index",
+    "registry.indexed": "a version is in the index, which is not committed",
 }
 """Every failpoint, and what is true there. Each stands in the code exactly once."""
 

@@ -16,6 +16,7 @@ from fedward import typed_toml
 from fedward.canonical import Json, canonical_json, digest
 from fedward.errors import ConfigurationError, require
 from fedward.plan_aggregation import Aggregation, Cohort
+from fedward.plan_fallback import Fallback
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -283,6 +284,7 @@ class Plan:
     aggregation: Aggregation = field(default_factory=Aggregation)
     privacy: Privacy = field(default_factory=Privacy)
     metrics: Metrics | None = None
+    fallback: Fallback | None = field(default=None, metadata={typed_toml.LATER: True})
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -312,6 +314,18 @@ class Plan:
             holds = heaviest <= math.fsum(lighter[:unknown])
             require(holds, "weights", dict(self.aggregation.weights), allowed)
 
+    def after_fallback(self, adapter: str) -> "Plan":
+        """The plan as sites approve it once the coordinator's own training made an adapter.
+
+        Raises:
+            ConfigurationError: The plan has no ``[fallback]``.
+        """
+        if self.fallback is None:
+            raise ConfigurationError("the plan has no [fallback]")
+        return dataclasses.replace(
+            self, fallback=dataclasses.replace(self.fallback, adapter=adapter)
+        )
+
     def hash(self) -> bytes:
         """The 32 bytes that approve, sign and bind this plan."""
         return digest("plan", self.to_json())
@@ -326,6 +340,8 @@ def _as_json(section: Any) -> dict[str, Json]:  # noqa: ANN401  # any dataclass 
     values: dict[str, Json] = {}
     for item in dataclasses.fields(section):
         value = vars(section)[item.name]
+        if item.metadata.get(typed_toml.LATER) and value == item.default:
+            continue
         if dataclasses.is_dataclass(value):
             values[item.name] = _as_json(value)
         else:

@@ -68,19 +68,19 @@ def check_private(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold(lock: Path, busy: str) -> Iterator[None]:
+def hold(lock: Path, busy: str | None) -> Iterator[None]:
     """Hold a lock file for this process, while it lives at the longest.
 
     Args:
         lock: Made if it is missing; it stays.
-        busy: What to say where another process holds it.
+        busy: What to say where another process holds it; None waits for that one.
 
     Raises:
         ConfigurationError: Another process holds it.
     """
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
         except OSError as error:
-            raise ConfigurationError(busy) from error
+            raise ConfigurationError(busy or f"{lock}: cannot be locked") from error
         yield

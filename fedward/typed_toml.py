@@ -20,6 +20,10 @@ T = TypeVar("T")
 REST = "rest"
 """Metadata key of the one field that takes every key the dataclass does not name."""
 
+LATER = "later"
+"""Metadata key of a field that came when hashes had been approved: at its default it is not in a
+plan's JSON, so that a plan without it has the hash that it had."""
+
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 

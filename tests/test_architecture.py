@@ -24,6 +24,7 @@ LEAVES = {
     "messages",
     "plan",
     "plan_aggregation",
+    "plan_fallback",
     "private_files",
     "typed_toml",
 }

@@ -28,6 +28,7 @@ from fedward.plan import (
     load_plan,
 )
 from fedward.plan_aggregation import Aggregation, Cohort
+from fedward.plan_fallback import Fallback
 
 FULL = """\
 name = "ward-7"
@@ -104,6 +105,7 @@ MINIMAL: Tables = {
 ALSO: Tables = {  # what a section needs before one of its keys can be tried
     "data.split": {"by": "label", "alpha": 0.5, "sites": 6},
     "metrics": {"epsilon": 1.0},
+    "fallback": {"after": 1, "job": "a"},
 }
 
 TEXT, WHOLE, NUMBER = "text", "a whole number", "a number"
@@ -132,6 +134,9 @@ REFUSED: list[tuple[Any, ...]] = [
     ("data", "site", [1], TEXT),
     ("data", "split", ["label", [1]], "a section"),
     ("data.split", "by", [1], TEXT),
+    ("fallback", "after", [0, 1001], "1 to 1000 attempts"),
+    ("fallback", "job", [""], "a job's file"),
+    ("fallback", "adapter", ["", "A" * 64, "a" * 63], "64 lower-case hex digits"),
     ("data.split", "alpha", [0.0, -0.5, math.inf], POSITIVE),
     ("data.split", "sites", [2, 10001], "3 to 10000"),
     ("data.split", "seed", [-1], "0 or more"),
@@ -387,11 +392,18 @@ def test_the_hash_of_a_plan_is_fixed(file, full):
     assert full.hash().hex() == "f1c671ecbc5e8787b907b82ace7b2bc6ba588b5721d35fa48d67a676d860eb97"
 
 
+FALLBACKS = [
+    Fallback(after=1, job="a"),
+    Fallback(after=2, job="a"),
+    Fallback(after=1, job="b"),
+    Fallback(after=1, job="a", adapter="c" * 64),
+]
 CHANGES: dict[str, list[dict[str, Any]]] = {
     "": [
         {"name": "other"},
         {"seed": 12},
         {"metrics": None},
+        *({"fallback": fallback} for fallback in FALLBACKS),
         {"task": Task(objective="classify")},
         {"data": Data()},
         {"cohort": Cohort()},
@@ -463,11 +475,19 @@ def test_the_hash_changes_with_each_key(full):
     left = {(s, k) for s, k, _ in KEYS} - {
         (s, k) for s, cs in CHANGES.items() for c in cs for k in c
     }
-    assert {key for _, key in left} == one_value | only_sft
+    assert {key for _, key in left} == one_value | only_sft | vars(FALLBACKS[0]).keys()
     sft = replace(full, task=Task())
     data = [Data(), Data(messages="m"), Data(prompt="p", completion="c")]
     data += [Data(prompt="x", completion="c"), Data(prompt="p", completion="x")]
     assert len({replace(sft, data=d).hash() for d in data}) == len(data)
+
+
+def test_a_plan_without_a_fallback_has_the_hash_that_it_had(full):
+    assert b"fallback" not in full.to_json()
+    fallen = replace(full, fallback=FALLBACKS[0])
+    assert fallen.after_fallback("c" * 64) == replace(full, fallback=FALLBACKS[3])
+    with pytest.raises(ConfigurationError, match=r"no \[fallback\]"):
+        full.after_fallback("c" * 64)
 
 
 def test_equal_plans_have_equal_hashes(full):
@@ -518,6 +538,7 @@ PLANS = st.builds(
     cohort=st.builds(Cohort, minimum=st.integers(12, 100), colluders=st.integers(0, 10)),
     privacy=st.builds(Privacy, epsilon=POSITIVES | st.just(math.inf)),
     metrics=st.none() | st.builds(Metrics, epsilon=POSITIVES),
+    fallback=st.none() | st.builds(Fallback, after=st.integers(1, 1000), job=WORDS),
 )
 
 

@@ -27,7 +27,12 @@ from fedward.canonical import Json
 from fedward.client.approval import Consent
 from fedward.client.codes import LIBRARY_ERRORS, code_of, reason_of, safe_repr
 from fedward.client.journal import Journal, answer_facts, reservation_facts
-from fedward.client.last_round import read_cohort, read_committed
+from fedward.client.last_round import (
+    check_named,
+    read_cohort,
+    read_committed,
+    read_fallback,
+)
 from fedward.client.memory import SiteMemory
 from fedward.client.policy import Policy
 from fedward.client.training import Trainer, TrainRequest, TrainResult
@@ -213,9 +218,12 @@ class Agent:
         if newest is not None and attempt.order <= newest:
             return SiteCode.REFUSED_STALE
         approval = self._consent.check(plan)
+        fallen = read_fallback(letter.parts.get("fallback"), attempt, plan)
+        if fallen is not None:  # what no site can recompute is approved like a new plan
+            self._consent.check(plan.after_fallback(fallen[1]))
         if attempt.round > plan.rounds.count:
             raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
-        adapter = self._adapter(letter, plan, layout)
+        adapter = self._adapter(letter, plan, layout, fallen)
         draw = self._ledger.spent_in(attempt)
         request = TrainRequest(
             plan=plan,
@@ -278,7 +286,9 @@ class Agent:
         same = (then.run, then.round, then.session) == (now.run, now.round, now.session)
         return work.result if same and work.request.draw == request.draw else None
 
-    def _adapter(self, letter: Letter, plan: Plan, layout: Layout) -> bytes:
+    def _adapter(
+        self, letter: Letter, plan: Plan, layout: Layout, fallen: tuple[int, str] | None
+    ) -> bytes:
         """This round's adapter, recomputed from the last one and the published sum (DESIGN §3.7).
 
         Where a site can do that, its task may come without the adapter. It proves the arithmetic,
@@ -296,8 +306,10 @@ class Agent:
                 if letter.parts.get("adapter", last[1]) != last[1]:
                     raise ProtocolError("the adapter changed between two attempts at one round")
                 return last[1]
-            if attempt.round == first + 1:
-                return self._recompute(letter, plan, layout, *last)
+        if fallen is not None and attempt.round == fallen[0] + 1:
+            return check_named(letter.part("adapter"), fallen[1])
+        if last is not None and attempt.round == first + 1:
+            return self._recompute(letter, plan, layout, *last)
         if attempt.round > first:
             missed: Json = [first, attempt.round - 1]
             _LOG.warning("round %d: sums of rounds %s were not checked", attempt.round, missed)

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedward import typed_toml
 from fedward.errors import RoundError
 from fedward.plan import load_plan
+from fedward.private_files import write_private
 from fedward.server.coordinator_folder import CoordinatorFolder
 
 coordinator_app = typer.Typer(no_args_is_help=True, help="The coordinator's side of a federation.")
@@ -63,11 +65,19 @@ def start(
     The plan is frozen with the digest of its base model, so that every site trains the same one.
     """
     from fedward.server.control_client import open_control
+    from fedward.server.fallback import fallback_job
+    from fedward.server.registry import Registry
     from fedward.server.start import prepare_start  # loads the model
+    from fedward.tuning.models import resolve_model
 
     frozen, adapter, layout = prepare_start(load_plan(plan), model)
     called = name or f"{frozen.name}-{frozen.hash().hex()[:8]}"
-    with open_control(CoordinatorFolder.load(folder)) as control:
+    found, base = CoordinatorFolder.load(folder), model or resolve_model(frozen.model)
+    Registry(found.registry).keep_base(base, str(frozen.model.sha256))
+    if frozen.fallback is not None:
+        step = fallback_job(frozen, Path(frozen.fallback.job))
+        write_private(found.fallback_job(frozen), typed_toml.dump(step).encode())
+    with open_control(found) as control:
         _show([control.start(called, frozen, adapter, layout)], json_output)
 
 

@@ -21,7 +21,7 @@ from fedward.server.coordinator_folder import CoordinatorFolder
 from fedward.server.engine import Engine
 from fedward.server.members import open_members
 from fedward.server.runs import NoSuchRun, Run, RunBook, RunState
-from fedward.server.store import EVERYBODY, Event, Phase, RunStore
+from fedward.server.store import EVERYBODY, ROUND_ENDS, Event, Phase, RunStore
 from fedward.tuning.vector import layout_from_bytes
 
 MESSAGE_BYTES = 1 << 30
@@ -119,7 +119,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         """A run as people see it: running only with a fresh sign of life."""
         events, activity = self._events(run.name), self._engine.activity(run.name)
         stalled = run.state is RunState.RUNNING and activity is None
-        committed = [event for event in events if event.phase is Phase.COMMITTED]
+        committed = [event for event in events if event.phase in ROUND_ENDS]
         newest = json.loads(committed[-1].payload)["adapter"] if committed else ""
         roster = self._roster()
         last = max((event.attempt.order for event in events), default=None)

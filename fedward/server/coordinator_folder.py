@@ -8,6 +8,7 @@ from pathlib import Path
 from fedward import typed_toml
 from fedward.errors import ConfigurationError, InvalidValue
 from fedward.identity import Identity
+from fedward.plan import Plan
 from fedward.private_files import check_private, make_private_folder, write_private
 
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
@@ -121,6 +122,15 @@ class CoordinatorFolder:
     def plans(self) -> Path:
         """Folder of the frozen plans of started runs."""
         return self.root / "plans"
+
+    def fallback_job(self, plan: Plan) -> Path:
+        """The job of a started plan's ``[fallback]``, as it was when the plan was started."""
+        return self.plans / f"{plan.hash().hex()}.job.toml"
+
+    @property
+    def registry(self) -> Path:
+        """Folder of the registry of models."""
+        return self.root / "registry"
 
     @property
     def flower_home(self) -> Path:

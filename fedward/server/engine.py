@@ -6,6 +6,7 @@ waits until the sites are there, so that an outage costs no attempt. A run that 
 the reason, never lost; one that a kill interrupted goes on where its events end.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -13,15 +14,20 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from fedward import typed_toml
 from fedward.attempt import Attempt
 from fedward.canonical import Json
-from fedward.errors import FedwardError
+from fedward.errors import CohortTooSmall, FedwardError
 from fedward.identity import Roster
+from fedward.server.central.job import Step
 from fedward.server.coordinator_folder import CoordinatorFolder
+from fedward.server.fallback import train_apart
 from fedward.server.members import open_members
+from fedward.server.registry import Registry
+from fedward.server.registry_entries import add_run
 from fedward.server.rounds import RoundEngine
 from fedward.server.runs import Run, RunBook, RunState
-from fedward.server.store import Phase, RunStore
+from fedward.server.store import ROUND_ENDS, Phase, RunStore
 from fedward.server.superlink import LinkGrid, admit_nodes, end_left_runs, open_state
 from fedward.server.turns import Turns
 
@@ -99,6 +105,7 @@ class Engine:
         try:
             run = self._book.change(name, RunState.RUNNING)
             self._execute(run)
+            self._register(run)
             self._book.change(name, RunState.FINISHED)
         except _Stopped:
             _LOG.info("run %r stops here", name)
@@ -125,7 +132,7 @@ class Engine:
                 if self._roster().epoch != roster.epoch:
                     raise _Stopped  # and go on at once, with the sites of the new roster
                 self._stop_unless(run.name, RunState.RUNNING)
-            elif phase in {Phase.COMMITTED, Phase.ABORTED}:
+            elif phase in {*ROUND_ENDS, Phase.ABORTED}:
                 self._turns.leave(run.name)
 
         try:
@@ -139,10 +146,27 @@ class Engine:
                 start=run.start,
                 layout=run.layout,
                 observer=observe,
+                fallback=lambda number, adapter: self._train_alone(run, number, adapter),
             ).run(grid)
         finally:
             store.close()
             grid.close()
+
+    def _train_alone(self, run: Run, number: int, adapter: bytes) -> bytes:
+        """The job of a run's ``[fallback]``, on from an adapter."""
+        base = Registry(self._folder.registry).base(str(run.plan.model.sha256))
+        step = typed_toml.load(Step, self._folder.fallback_job(run.plan))
+
+        def look() -> None:
+            self._beat(run.name, f"round {number}: the coordinator trains alone")
+            self._stop_unless(run.name, RunState.RUNNING)
+
+        return train_apart(run.plan, step, base, adapter, self._folder.runs / "fallback", look)
+
+    def _register(self, run: Run) -> None:
+        """Put what the run has made into the registry."""
+        with contextlib.closing(RunStore(self._folder.runs)) as store:
+            add_run(Registry(self._folder.registry), run.plan, run.name, store)
 
     def _roster(self) -> Roster:
         with open_members(self._folder) as members:
@@ -154,8 +178,12 @@ class Engine:
         """Wait for the minimum of sites as long as it takes, for the others a while; then in line.
 
         A run whose sites leave while it stands there lets the others go first.
+
+        Raises:
+            CohortTooSmall: Not within the plan's deadline, where the plan has a ``[fallback]``.
         """
-        minimum, last = run.plan.cohort.minimum, time.monotonic() + self._away
+        began, deadline = time.monotonic(), run.plan.rounds.deadline_seconds
+        minimum, last = run.plan.cohort.minimum, began + self._away
         while True:
             self._stop_unless(run.name, RunState.RUNNING)
             there = len(set(grid.get_node_ids()).intersection(nodes.values()))
@@ -166,6 +194,8 @@ class Engine:
                 continue
             self._turns.leave(run.name)
             needed = f"{there} of {len(nodes)} sites are there, {minimum} are needed"
+            if run.plan.fallback is not None and time.monotonic() - began > deadline:
+                raise CohortTooSmall(f"round {number}: {needed}, for {run.plan.rounds.deadline}")
             self._beat(run.name, f"round {number}: waiting for sites ({needed})")
             self._stop.wait(_LOOK_SECONDS)
 
@@ -197,5 +227,6 @@ _WORDS = {
     Phase.UNMASKED: "sum",
     Phase.ABORTED: "tried again",
     Phase.COMMITTED: "committed",
+    Phase.FALLBACK: "completed by the coordinator",
 }
 """What the engine does when an event of this phase was the last."""

@@ -10,10 +10,8 @@ that is late, silent or wrong is left out and recorded; too few sites end the at
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
-from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedward import failpoints
@@ -37,6 +35,7 @@ from fedward.identity import Identity, Roster
 from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letter
 from fedward.plan import Plan
 from fedward.server.anchors import Anchors
+from fedward.server.replies import Clock, collect
 from fedward.server.run_state import State, fold
 from fedward.server.store import EVERYBODY, Phase, RunStore
 from fedward.server.suspects import blame, proven
@@ -50,18 +49,6 @@ from fedward.tuning.vector import (
 
 Observer = Callable[[Attempt, Phase, int, Json], None]
 """Told of every event after it is durable: attempt, phase, site (or EVERYBODY), facts."""
-
-
-class Clock(Protocol):
-    """A clock of seconds; the module ``time`` is one."""
-
-    def monotonic(self) -> float:
-        """Seconds since some instant."""
-        ...
-
-    def sleep(self, seconds: float, /) -> None:
-        """Let them pass."""
-        ...
 
 
 _EXTRA_ATTEMPTS = 3
@@ -82,6 +69,7 @@ class RoundEngine:
         layout: Names and shapes of the trainable tensors, in the order of an update.
         observer: Told of every event.
         clock: What deadlines are measured by; only simulations replace it.
+        fallback: From a round's number and the adapter to the next, if the plan has ``[fallback]``.
     """
 
     def __init__(
@@ -97,6 +85,7 @@ class RoundEngine:
         layout: Layout,
         observer: Observer = lambda *_: None,
         clock: Clock = time,
+        fallback: Callable[[int, bytes], bytes] | None = None,
     ) -> None:
         if identity.public_key != roster.coordinator:
             raise IdentityError("the coordinator's key is not the one in the roster")
@@ -107,6 +96,7 @@ class RoundEngine:
         self._tally: Tally | None = None
         self._silent = frozenset[int]()
         self._anchors, self._clock = Anchors(identity, roster, store), clock
+        self._fallback, self._after = fallback, plan.fallback.after if plan.fallback else 0
 
     def run(self, grid: Grid) -> bytes:
         """Run every round that is not committed yet; returns the final adapter.
@@ -117,7 +107,10 @@ class RoundEngine:
         """
         state = self._fold()
         while state.committed < self._plan.rounds.count:
-            self._round(grid, state)
+            if self._falls(state):
+                self._train_alone(state)
+            else:
+                self._round(grid, state)
             state = self._fold()
         return state.adapter
 
@@ -131,21 +124,28 @@ class RoundEngine:
 
     def _round(self, grid: Grid, state: State) -> None:
         """Try a round until it is committed."""
-        first, last = state.attempts + 1, state.attempts + self._plan.rounds.spare + _EXTRA_ATTEMPTS
-        failure = ""
+        most = max(self._plan.rounds.spare + _EXTRA_ATTEMPTS, self._after)
+        first, last, failure = state.attempts + 1, state.attempts + most, ""
         for number in range(first, last + 1):
             attempt = Attempt(run=self._run, round=state.committed + 1, attempt=number)
-            self._record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
-            failpoints.hit("round.started")
+            self._tally, self._silent = None, frozenset()
             try:
+                self._record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
+                failpoints.hit("round.started")
                 result = self._session(grid, attempt, state)
                 failpoints.hit("round.summed")
                 adapter = self._next(state, result)
             except (ProtocolError, CohortTooSmall) as error:
-                self._record(attempt, Phase.ABORTED, {"reason": str(error), **self._blame(error)})
-                if isinstance(error, _NoHope):
+                hopeless = isinstance(error, _NoHope)
+                facts: dict[str, Json] = {"reason": str(error), **self._blame(error)}
+                if self._after:  # sites that refuse are there, and may yet agree
+                    facts["missed"] = isinstance(error, CohortTooSmall) and not hopeless
+                self._record(attempt, Phase.ABORTED, facts)
+                if hopeless:
                     raise CohortTooSmall(str(error)) from error
                 failure, state = str(error), self._fold()
+                if self._falls(state):
+                    return
                 continue
             self._commit(attempt, adapter, result)
             return
@@ -153,6 +153,20 @@ class RoundEngine:
             f"round {state.committed + 1} failed in {last - first + 1} attempts; the last: "
             f"{failure}"
         )
+
+    def _falls(self, state: State) -> bool:
+        """Whether the open round is the coordinator's own to complete."""
+        return 0 < self._after <= state.missed
+
+    def _train_alone(self, state: State) -> None:
+        """Complete a round that too few sites came to; they approve its adapter when they do."""
+        if self._fallback is None:
+            raise RoundError("the plan has a [fallback], and nobody is here to train its job")
+        attempt = Attempt(run=self._run, round=state.committed + 1, attempt=state.attempts)
+        adapter = self._fallback(attempt.round, state.adapter)
+        vector_of(adapter, self._layout)  # raises unless it fits
+        facts: Json = {"adapter": self._store.put_blob(adapter), "missed": state.missed}
+        self._record(attempt, Phase.FALLBACK, facts)
 
     def _next(self, state: State, result: SumResult) -> bytes:
         """The next adapter; a sum that every site would refuse is never committed."""
@@ -186,7 +200,6 @@ class RoundEngine:
             task_hash=task_hash(state.adapter, self._plan.hash(), settings.scheme),
             dimension=Rule(settings=settings, layout=self._layout, attempt=attempt).words,
         )
-        self._tally, self._silent = None, frozenset()
         ready = self._invite(grid, attempt, state)
         tally = self._tally = Tally(parameters=parameters, roster=self._roster)
         todo = dict.fromkeys(ready, tally.request())
@@ -320,7 +333,7 @@ class RoundEngine:
         ]
         accepted, refused = dict[int, Letter](), dict.fromkeys(todo, _SILENT)
         failpoints.hit("round.asked")
-        found = _collect(grid, messages, self._plan.rounds.deadline_seconds, self._clock)
+        found = collect(grid, messages, self._plan.rounds.deadline_seconds, self._clock)
         failpoints.hit("round.answered")
         for message in found:
             site = nodes.get(message.metadata.src_node_id)
@@ -365,21 +378,5 @@ class RoundEngine:
 class _NoHope(CohortTooSmall):
     """So many sites refuse that another attempt would fail alike."""
 
-
-def _collect(grid: Grid, messages: list[Message], seconds: float, clock: Clock) -> list[Message]:
-    """Push messages and pull replies until all are there or the time is over."""
-    waiting = set(grid.push_messages(messages))
-    end, pause, found = clock.monotonic() + seconds, 0.001, list[Message]()
-    while waiting and clock.monotonic() < end:
-        replies = list(grid.pull_messages(waiting))
-        found += replies
-        waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-        if waiting and not replies:
-            clock.sleep(pause)
-            pause = min(pause * 1.5, _POLL_SECONDS)
-    return found
-
-
-_POLL_SECONDS = 0.1
 
 _SILENT = "no answer"

@@ -23,6 +23,7 @@ class State:
         holders: Sites that have the adapter before this one, as long as the open round has seen no
             attempt: their task needs no adapter.
         attempts: Attempts that the open round has seen.
+        missed: The last of them in a row that missed the minimum of sites, if the plan counts them.
         record: What the run's attempts have shown of its sites: one that lies or falls silent again
             and again would cost the others an update each time, until no spare round is left.
     """
@@ -32,6 +33,7 @@ class State:
     previous: Mapping[str, bytes]
     holders: frozenset[int]
     attempts: int
+    missed: int
     record: Record
 
 
@@ -47,9 +49,10 @@ def fold(store: RunStore, run: str, plan: Plan, start: bytes) -> State:
     Raises:
         RoundError: The run was started with another plan, or the store is damaged.
     """
-    committed, attempts, record = 0, 0, Record()
+    committed, attempts, missed, record = 0, 0, 0, Record()
     ready, holders = set[int](), frozenset[int]()
-    previous, adapter, total = dict[str, bytes](), "", ""
+    previous, fallen = dict[str, bytes](), dict[str, bytes]()
+    adapter, total = "", ""
     for event in store.events(run):
         facts = json.loads(event.payload)
         if event.phase in {Phase.ABORTED, Phase.COMMITTED}:
@@ -63,15 +66,22 @@ def fold(store: RunStore, run: str, plan: Plan, start: bytes) -> State:
                 )
         elif event.phase is Phase.READY:
             ready.add(event.site)
+        elif event.phase is Phase.ABORTED:
+            missed = missed + 1 if facts.get("missed") else 0
+        elif event.phase is Phase.FALLBACK:
+            committed, attempts, missed, holders = event.attempt.round, 0, 0, frozenset()
+            adapter, total = facts["adapter"], ""
+            previous = fallen = {"fallback": canonical_json([committed, adapter])}
         elif event.phase is Phase.COMMITTED:
-            committed, attempts, holders = event.attempt.round, 0, frozenset(ready)
+            committed, attempts, missed, holders = event.attempt.round, 0, 0, frozenset(ready)
             adapter, total = facts["adapter"], facts["sum"]
             previous = {
                 "cohort": canonical_json(facts["cohort"]),
                 "attempt": canonical_json(event.attempt.attempt),
+                **fallen,
             }
     failpoints.hit("round.folded")
-    if committed:
+    if total:
         previous["sum"] = store.blob(total)
     return State(
         committed=committed,
@@ -79,5 +89,6 @@ def fold(store: RunStore, run: str, plan: Plan, start: bytes) -> State:
         previous=previous,
         holders=holders,
         attempts=attempts,
+        missed=missed,
         record=record,
     )

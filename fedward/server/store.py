@@ -24,7 +24,10 @@ EVERYBODY = -1
 
 
 class Phase(StrEnum):
-    """The transitions of a round, in order; ABORTED ends an attempt, COMMITTED ends a round."""
+    """The transitions of a round, in order.
+
+    ABORTED ends an attempt; COMMITTED, or the coordinator's own training (FALLBACK), ends a round.
+    """
 
     STARTED = "started"
     INVITED = "invited"
@@ -37,6 +40,10 @@ class Phase(StrEnum):
     UNMASKED = "unmasked"
     ABORTED = "aborted"
     COMMITTED = "committed"
+    FALLBACK = "fallback"
+
+
+ROUND_ENDS = frozenset({Phase.COMMITTED, Phase.FALLBACK})
 
 
 @dataclass(frozen=True, kw_only=True)

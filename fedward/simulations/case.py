@@ -36,6 +36,7 @@ class Options:
     ray_workers: int = 0
     seed: int = 0
     compare: bool = True
+    registry: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

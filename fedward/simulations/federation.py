@@ -42,6 +42,7 @@ class Federation:
         fault: Kills sites; None kills nobody.
         watch: Sees every message that crosses between coordinator and sites.
         keys: Site name → secret key of noise and rounding; only tests fix them.
+        fallback: The coordinator's own training, of a plan with ``[fallback]``.
 
     Raises:
         CohortTooSmall: Fewer sites than the plan's minimum.
@@ -59,13 +60,14 @@ class Federation:
         fault: Fault | None = None,
         watch: Watch | None = None,
         keys: Mapping[str, bytes] | None = None,
+        fallback: Callable[[int, bytes], bytes] | None = None,
     ) -> None:
         if len(trainers) < plan.cohort.minimum:
             raise CohortTooSmall(
                 f"the data makes {len(trainers)} sites, but [cohort] minimum = "
                 f"{plan.cohort.minimum}: give data with more sites or lower the minimum"
             )
-        self._folder, self._plan = folder, plan
+        self._folder, self._plan, self._fallback = folder, plan, fallback
         self._start, self._layout = start, layout
         self._trainers, self._keys = dict(trainers), dict(keys or {})
         self._held: dict[str, tuple[Ledger, SiteMemory]] = {}
@@ -104,6 +106,7 @@ class Federation:
             start=self._start,
             layout=self._layout,
             observer=observer,
+            fallback=self._fallback,
         )
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
         try:

@@ -117,14 +117,14 @@ def _packaged(name: str) -> Path:
 def fingerprint(folder: Path) -> str:
     """Hex SHA-256 over names and content of weights, configuration, tokenizer and chat template.
 
-    It is what ``[model] sha256`` holds. Other files of the folder do not count, nor does the order
-    in which the disk lists them.
+    It is what ``[model] sha256`` holds. Other files of the folder do not count, ``fedward.json``
+    among them, nor does the order in which the disk lists them.
 
     Raises:
         ModelError: No safetensors or no ``config.json`` there, or a file cannot be read.
     """
     paths = sorted(
-        {path for pattern in _FILES for path in folder.glob(pattern)},
+        {path for pattern in _FILES for path in folder.glob(pattern)} - {folder / "fedward.json"},
         key=lambda path: path.relative_to(folder).as_posix(),
     )
     if not any(path.suffix == ".safetensors" for path in paths):

@@ -1,17 +1,10 @@
-"""Models that a job starts from and that it leaves: a whole model, or an adapter and its base.
+"""Models that a job starts from and that it leaves: a whole model, or an adapter and its base."""
 
-What a job leaves has a manifest ``fedward.json`` beside the weights, which says how to put base and
-adapter together again.
-"""
-
-import dataclasses
 import hashlib
-import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -23,49 +16,32 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fedward import typed_toml
 from fedward.canonical import digest
-from fedward.errors import ConfigurationError, ModelError
-from fedward.plan import Model
+from fedward.errors import FedwardError, ModelError
+from fedward.plan import Model, Plan, from_json
+from fedward.server.central.manifest import (
+    ADAPTER,
+    BASES,
+    MANIFEST,
+    PLAN,
+    Kind,
+    Manifest,
+    read_manifest,
+    write_manifest,  # noqa: F401  # running.py takes it from here until it is next committed
+)
+from fedward.tuning.adapter import from_bytes, load_adapter
 from fedward.tuning.bottleneck import put_behind
 from fedward.tuning.methods import BOTTLENECKS, METHODS, without_peft_noise
 from fedward.tuning.models import (
     HEADS,
     fingerprint,
+    load_base,
     open_config,
     open_weights,
     quiet,
     resolve_model,
 )
-
-MANIFEST = "fedward.json"
-
-Kind = Literal["language", "reward", "classifier"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What stands beside a trained model.
-
-    Args:
-        kind: ``language`` writes, ``reward`` gives one number, ``classifier`` a class.
-        stage: The stage that made it.
-        method: The tuner; with ``full`` the folder is the whole model.
-        quantize: How the base was held in training, and is held again.
-        base: Folder (relative to this one where it lies near) or hub id of the base.
-        base_sha256: The base's digest.
-        job: Hex digest of the job's step and its data.
-        mergeable: Whether the adapter can be added to the base's weights.
-    """
-
-    kind: Kind
-    stage: str
-    method: str
-    quantize: Literal["none", "nf4", "int8"]
-    base: str
-    base_sha256: str
-    job: str
-    mergeable: bool
+from fedward.tuning.tuners import attach
 
 
 def device() -> str:
@@ -73,27 +49,6 @@ def device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Put a manifest beside the weights."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a trained model, or None where the folder has none.
-
-    Raises:
-        ModelError: It cannot be read.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        return typed_toml.parse_json(Manifest, path.read_bytes())
-    except (OSError, ConfigurationError) as error:
-        raise ModelError(f"{path}: not a manifest of a trained model: {error}") from error
 
 
 def open_base(
@@ -136,6 +91,11 @@ def base_folder(folder: Path, manifest: Manifest) -> Path:
         ModelError: It is not there, or is another model than the adapter was trained on.
     """
     near = folder / manifest.base
+    if manifest.base.startswith(BASES) and not near.is_dir():
+        raise ModelError(
+            f"{folder}: its base, sha256 {manifest.base_sha256}, is not where it was: name its "
+            "folder with --base, of fedward models merge or export"
+        )
     found = near if near.is_dir() else resolve_model(Model(path=manifest.base))
     sha256 = fingerprint(found)
     if sha256 != manifest.base_sha256:
@@ -168,11 +128,20 @@ def open_trained(folder: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
 def _open_adapter(
     folder: Path, manifest: Manifest, *, dequantize: bool = False
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    model = Model(path=manifest.base, quantize=manifest.quantize)
-    base, tokenizer = open_base(base_folder(folder, manifest), model, manifest.kind)
+    model = Model(path=str(base_folder(folder, manifest)), quantize=manifest.quantize)
+    plan = _plan(folder)
+    base, tokenizer = (
+        open_base(Path(model.path), model, manifest.kind)
+        if plan is None
+        else load_base(model, plan.task, device=device())
+    )
     if dequantize and manifest.quantize != "none":
         base.dequantize()  # type: ignore[no-untyped-call]  # theirs
     try:
+        if plan is not None:
+            tuned = attach(base, plan)
+            load_adapter(tuned, from_bytes((folder / ADAPTER).read_bytes()))
+            return tuned, tokenizer
         config = PeftConfig.from_pretrained(str(folder))
         if manifest.method in BOTTLENECKS:
             put_behind(config)
@@ -180,6 +149,21 @@ def _open_adapter(
             return PeftModel.from_pretrained(base, str(folder), config=config), tokenizer
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be loaded: {error}") from error
+
+
+def _plan(folder: Path) -> Plan | None:
+    """The plan of a federated adapter; None beside one that a job made.
+
+    Raises:
+        ModelError: It is none.
+    """
+    path = folder / PLAN
+    if not path.exists():
+        return None
+    try:
+        return from_json(path.read_bytes())
+    except (OSError, FedwardError) as error:
+        raise ModelError(f"{path}: not a frozen plan: {error}") from error
 
 
 def starting_folder(path: Path, work: Path) -> Path:
