@@ -87,9 +87,9 @@ class SiteMemory:
         """Record that the attempt is now the newest of its run."""
         failpoints.hit("memory.begin")
         self._chain.append({"kind": "begin", "run": attempt.run, "order": attempt.order})
-        failpoints.hit("memory.begun")
         self._newest[attempt.run] = attempt.order
         self._begin(attempt.run)
+        failpoints.hit("memory.begun")
 
     def mark_spent(self, attempt: Attempt) -> None:
         """Record in the ledger that the attempt's input counts as sent."""
@@ -107,9 +107,9 @@ class SiteMemory:
         self._chain.append(
             {"kind": "signed", "session": session, "survivors": survivors, "cohort": cohort}
         )
-        failpoints.hit("memory.signed")
         self._signed[session] = survivors
         self._sign(cohort)
+        failpoints.hit("memory.signed")
 
     def cohort(self, attempt: Attempt) -> tuple[int, ...] | None:
         """The survivors that this site signed in an attempt, if that is its run's newest."""

@@ -40,7 +40,7 @@ class Status:
         paused: Whether it takes no new rounds.
         training: Whether the trainer gave a sign of life just now.
         step: The step it is at; 0 outside of training.
-        silent_seconds: Age of the last sign of life; None where there is none.
+        silent_seconds: Age of the last sign of life; None where none can be read.
         epsilon_spent: What patients have lost here, over all runs.
         max_epsilon: The policy's cap; None without a policy.
         rounds_sent: Updates that ever left.
@@ -109,16 +109,18 @@ def site_status(folder: SiteFolder, now: float | None = None) -> Status:
         LedgerError: The ledger does not hold.
     """
     now = time.time() if now is None else now
-    life, path = None, life_file(folder)
+    life, path, torn = None, life_file(folder), False
     with contextlib.suppress(FileNotFoundError):
-        life = typed_toml.parse_json(Life, path.read_bytes())
+        data = path.read_bytes()
+        torn = not data  # it is never synced: a power loss may leave nothing of it
+        life = None if torn else typed_toml.parse_json(Life, data)
     age = None if life is None else max(0.0, now - life.beat)
     running = age is not None and age <= FRESH_SECONDS
     spent, cap, sent = _spent(folder)
     training = life is not None and running and now - life.progress <= FRESH_SECONDS
     return Status(
         site=folder.config().name,
-        state="stopped" if age is None else "running" if running else "silent",
+        state="running" if running else "silent" if torn or age is not None else "stopped",
         connected=life is not None and running and life.connected,
         paused=folder.paused.exists(),
         training=training,

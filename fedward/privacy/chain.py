@@ -103,11 +103,11 @@ class Chain:
         line = canonical_json(record | {"h": own.hex(), "sig": signature}) + b"\n"
         self._broken = True  # until it is known that all of it is there, or none
         self._write(line)
-        self._broken = False
-        failpoints.hit("chain.written")
         self.entries.append(json.loads(line)["entry"])
         self._hashes.append(own.hex())
         self._size += len(line)
+        self._broken = False
+        failpoints.hit("chain.written")
 
     def check_anchor(self, seq: int, head: str) -> None:
         """Check that a head kept elsewhere still is part of this chain.

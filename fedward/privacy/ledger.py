@@ -185,8 +185,8 @@ class Ledger(Books):
     def _write(self, entry: dict[str, Any]) -> None:
         after = self._after(entry)  # raises before anything is written
         self._chain.append(entry)
-        failpoints.hit("ledger.written")
         self._runs[entry["run"]] = after
+        failpoints.hit("ledger.written")
 
 
 def read_books(path: Path, public_key: bytes, *, epsilon: float, delta: float) -> Books:

@@ -171,3 +171,9 @@ def test_metrics_leave_out_what_is_not_known(site):
     text = prometheus(site_status(site))
     assert "epsilon_cap" not in text
     assert text.endswith("\n")
+
+
+def test_a_site_whose_life_was_torn_by_a_power_loss_is_silent(site):
+    """Seeds 6, 32 and 33 of the fault laboratory: nobody could ask for the status any more."""
+    life_file(site).write_bytes(b"")
+    assert seen(site) == ("silent", False, False, 0)

@@ -1,0 +1,175 @@
+"""What is looked at while a run of the laboratory goes on, because later it would be too late."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message, RecordDict
+
+from fedward.attempt import Attempt
+from fedward.client.pulse import FRESH_SECONDS
+from fedward.client.status import site_status
+from fedward.errors import FedwardError
+from fedward.messages import open_letter
+from fedward.privacy.ledger import read_books
+from fedward.server.runs import RunBook, RunState
+from fedward.server.store import Event, Phase, RunStore
+from fedward.simulations.faults import ground
+from fedward.simulations.faults.clock import VirtualClock
+from fedward.simulations.faults.history import History, Left
+from fedward.simulations.faults.hospital import Hospital
+
+CANARY = "CANARY-Mrs-Jane-Roe"
+"""What a patient's record says; it must never be outside of its site, nor in any log."""
+
+
+class Watch:
+    """Sees every answer that leaves a site, the coordinator's files, the status and the logs.
+
+    Args:
+        history: Where it notes what it saw.
+        clock: Virtual time.
+        coordinator: The coordinator's folder.
+        sites: All hospitals.
+    """
+
+    def __init__(
+        self, history: History, clock: VirtualClock, coordinator: Path, sites: Sequence[Hospital]
+    ) -> None:
+        self._history, self._clock = history, clock
+        self._coordinator, self._sites = coordinator, sites
+        self._committed = list[tuple[Attempt, Mapping[str, Any]]]()
+        self.logs = _Logs(history)
+        """Takes every line of the log."""
+
+    def asked(self, message: Message) -> tuple[str, int]:
+        """Action and round of the coordinator's letter."""
+        letter = open_letter(message.content, ground.ROSTER.coordinator, "coordinator")
+        return letter.action, letter.attempt.round
+
+    def left(self, site: Hospital, message: Message, reply: Message) -> None:
+        """An answer leaves a site."""
+        if reply.has_error():
+            self._search(str(reply.error.reason).encode(), f"Flower's error of site-{site.number}")
+            return
+        for data in _bytes(reply.content):
+            self._search(data, f"an answer of site-{site.number}")
+        asked = open_letter(message.content, ground.ROSTER.coordinator, "coordinator")
+        letter = open_letter(reply.content, ground.ROSTER.key(site.number), "site")
+        words = letter.parts.get("words", b"")
+        self._history.left.append(
+            Left(
+                site=site.number,
+                action=letter.action,
+                attempt=letter.attempt,
+                code=letter.code,
+                asked=hashlib.sha256(asked.header()).hexdigest(),
+                words=words,
+                spent=bool(words) and site.spent_on_disk(letter.attempt),
+            )
+        )
+
+    def look_at(self, site: Hospital) -> None:
+        """Ask for the site's status, as ``site status`` does, and compare it with the truth."""
+        silent = self._clock.monotonic() - site.last_alive
+        try:
+            shown = site_status(site.folder, self._clock.unix()).state
+        except FedwardError as error:
+            self._history.wrong.append(("I8", f"site-{site.number}: no status: {error}"))
+            return
+        if shown == "running" and silent > FRESH_SECONDS:
+            words = f"site-{site.number} is shown as running after {silent:.0f} s without life"
+            self._history.wrong.append(("I8", words))
+
+    def look_at_store(self) -> None:
+        """Every committed round is whole, and none that was ever seen has gone."""
+        try:
+            committed = self.committed()
+            for _, facts in committed:
+                self.blob(facts["adapter"])
+                self.blob(facts["sum"])
+        except FedwardError as error:
+            self._history.wrong.append(("I4", f"the coordinator's store: {error}"))
+            return
+        if committed[: len(self._committed)] != self._committed:
+            self._history.wrong.append(("I4", "a committed round is gone or another"))
+        self._committed = committed
+
+    def events(self) -> list[Event]:
+        """The coordinator's events of the run.
+
+        Raises:
+            RoundError: The chain is broken.
+        """
+        store = RunStore(self._coordinator)
+        try:
+            return store.events(ground.RUN)
+        finally:
+            store.close()
+
+    def committed(self) -> list[tuple[Attempt, Mapping[str, Any]]]:
+        """The committed rounds, in order, with their facts."""
+        found = [e for e in self.events() if e.phase is Phase.COMMITTED]
+        return [(e.attempt, json.loads(e.payload)) for e in found]
+
+    def anchors(self) -> dict[bytes, tuple[int, str]]:
+        """The newest line of each ledger that the coordinator has seen, by the site's key."""
+        store = RunStore(self._coordinator)
+        try:
+            return store.ledger_lines()
+        finally:
+            store.close()
+
+    def blob(self, name: str) -> bytes:
+        """A blob of the coordinator's.
+
+        Raises:
+            RoundError: It is missing or damaged.
+        """
+        store = RunStore(self._coordinator)
+        try:
+            return store.blob(name)
+        finally:
+            store.close()
+
+    def run_state(self) -> RunState:
+        """Where the run stands in the coordinator's book."""
+        return RunBook(self._coordinator).state(ground.RUN)
+
+    def out_of_budget(self) -> bool:
+        """Whether so few sites have a reservation left that no sum can come about."""
+        able = 0
+        for site in self._sites:
+            path, key = site.folder.ledger, ground.ROSTER.key(site.number)
+            epsilon, delta = ground.POLICY.max_epsilon, ground.POLICY.delta
+            books = read_books(path, key, epsilon=epsilon, delta=delta)
+            known = ground.RUN in books.runs
+            able += not known or books.spent(ground.RUN) < ground.POLICY.max_rounds
+        return able < ground.PLAN.cohort.minimum
+
+    def _search(self, data: bytes, where: str) -> None:
+        if CANARY.encode() in data:
+            self._history.leaks.append(where)
+
+
+class _Logs(logging.Handler):
+    """Looks through the lines of the log in place of showing them."""
+
+    def __init__(self, history: History) -> None:
+        super().__init__()
+        self._history = history
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take one line."""
+        if CANARY in self.format(record):
+            self._history.leaks.append(f"the log of {record.name}")
+
+
+def _bytes(content: RecordDict) -> list[bytes]:
+    """Every byte string and text of a message."""
+    arrays = [a.data for r in content.array_records.values() for a in r.values()]
+    values = [v for c in content.config_records.values() for v in c.values()]
+    return arrays + [v if isinstance(v, bytes) else str(v).encode() for v in values]
