@@ -10,14 +10,19 @@ neither check the receipt nor answer with the hash that belongs to it.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Literal, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     get_object_body,
     get_object_head_values_from_object_content,
+    get_object_type_from_object_content,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from google.protobuf.message import DecodeError
@@ -44,6 +49,8 @@ Line = tuple[int, str]
 
 _LINES = 1 << 63
 _HEADER_LIMIT = 1 << 16
+_SMALL = 1 << 16  # a part of more bytes is an array, which Flower sends in pieces
+_PART = "part."  # before the names of all others, which lie beside the header
 _RECEIPT = "fedward/1/receipt"
 
 
@@ -139,29 +146,91 @@ class Letter:
         return self.parts[name]
 
     def header(self) -> bytes:
-        """The bytes that are signed."""
-        return canonical_json(
-            {
-                "action": self.action,
-                "run": self.attempt.run,
-                "order": self.attempt.order,
-                "site": self.site,
-                "code": self.code,
-                "lines": self.lines,
-                "receipt": None if self.receipt is None else vars(self.receipt),
-                "parts": {k: hashlib.sha256(v).hexdigest() for k, v in self.parts.items()},
-            }
-        )
+        """The bytes that are signed; each part is hashed once."""
+        return self._header
+
+    @cached_property
+    def _header(self) -> bytes:
+        return _header_of(self, lambda data: hashlib.sha256(data).hexdigest())
+
+
+def _header_of(letter: Letter, hashed: Callable[[bytes], str]) -> bytes:
+    receipt = letter.receipt
+    return canonical_json(
+        {
+            "action": letter.action,
+            "run": letter.attempt.run,
+            "order": letter.attempt.order,
+            "site": letter.site,
+            "code": letter.code,
+            "lines": letter.lines,
+            "receipt": None if receipt is None else vars(receipt),
+            "parts": {name: hashed(data) for name, data in letter.parts.items()},
+        }
+    )
 
 
 def seal_letter(letter: Letter, identity: Identity, sender: Sender) -> RecordDict:
     """Sign a letter and put it into the records of a Flower message."""
-    header = letter.header()
+    return _sealed(letter, letter.header(), identity, sender, _to_array)
+
+
+def seal_letters(letters: Sequence[Letter], identity: Identity, sender: Sender) -> list[RecordDict]:
+    """As :func:`seal_letter`, for letters with parts in common: each is hashed and cut once."""
+    hashed = _once(lambda data: hashlib.sha256(data).hexdigest())
+    array = _once(_to_array)
+    return [_sealed(one, _header_of(one, hashed), identity, sender, array) for one in letters]
+
+
+_T = TypeVar("_T")
+
+
+def _once(make: Callable[[bytes], _T]) -> Callable[[bytes], _T]:
+    """Make something of each object once; equal bytes in two objects are two."""
+    made = dict[int, tuple[bytes, _T]]()  # with the bytes, so that no other object gets their id
+
+    def get(data: bytes) -> _T:
+        if id(data) not in made:
+            made[id(data)] = data, make(data)
+        return made[id(data)][1]
+
+    return get
+
+
+def _sealed(
+    letter: Letter,
+    header: bytes,
+    identity: Identity,
+    sender: Sender,
+    array: Callable[[bytes], Array],
+) -> RecordDict:
     signature = identity.sign(f"fedward/1/{sender}", header)
-    arrays = {name: _to_array(data) for name, data in letter.parts.items()}
-    records = RecordDict({"letter": ConfigRecord({"header": header, "signature": signature})})
-    records["parts"] = ArrayRecord(arrays)
+    config, arrays = ConfigRecord({"header": header, "signature": signature}), ArrayRecord()
+    for name, data in letter.parts.items():
+        if len(data) > _SMALL:
+            arrays[name] = array(data)  # its constructor would make another array of the data
+        else:
+            config[_PART + name] = data
+    records = RecordDict({"letter": config})
+    if arrays:  # Flower stores and sends each record by itself
+        records["parts"] = arrays
     return records
+
+
+def parts_of(records: RecordDict) -> dict[str, bytes]:
+    """The parts that a letter's records hold, still unchecked.
+
+    Raises:
+        IdentityError: An array among them is more than bytes.
+    """
+    config = records.config_records.get("letter", ConfigRecord())
+    arrays = records.array_records.get("parts", ArrayRecord())
+    small = {
+        name.removeprefix(_PART): data
+        for name, data in config.items()
+        if name.startswith(_PART) and isinstance(data, bytes)
+    }
+    return small | {name: _from_array(array) for name, array in arrays.items()}
 
 
 def open_letter(records: RecordDict, public_key: bytes, sender: Sender) -> Letter:
@@ -173,8 +242,7 @@ def open_letter(records: RecordDict, public_key: bytes, sender: Sender) -> Lette
     """
     header, signature = _signed_bytes(records)
     verify(public_key, f"fedward/1/{sender}", signature, header)
-    arrays = records.array_records.get("parts", ArrayRecord())
-    parts = {name: _from_array(array) for name, array in arrays.items()}
+    parts = parts_of(records)
     try:
         fields = json.loads(header)
         round_number, session, attempt = fields["order"]
@@ -237,19 +305,34 @@ def inflate(number: str, contents: Mapping[str, bytes], most: int) -> Message | 
         A message with content; None where the objects are none, or make too large a message.
     """
     try:
-        if _inflated_size(contents) > most:
-            return None
-        message = inflate_object_from_contents(number, dict(contents))
+        arrays = dict[str, InflatableObject]()
+        for name, content in contents.items():
+            if get_object_type_from_object_content(content) == Array.__qualname__:
+                arrays[name] = _array(content, contents, most)
+                most -= len(arrays[name].data)
+        message = inflate_object_from_contents(number, dict(contents), objects=arrays)
     except _MALFORMED:
         return None
     return message if isinstance(message, Message) and message.has_content() else None
 
 
-def _inflated_size(contents: Mapping[str, bytes]) -> int:
-    size = 0
-    for content in contents.values():
-        kind, children, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__qualname__:
-            pieces = json.loads(get_object_body(content, Array))["arraychunk_ids"]
-            size += sum(len(contents[children[piece]]) for piece in pieces)
-    return size
+def _array(content: bytes, contents: Mapping[str, bytes], most: int) -> Array:
+    """An array from its object and those of its pieces, which are copied once.
+
+    Raises:
+        ValueError: It has more than ``most`` bytes, or its pieces are none.
+    """
+    _, children, _ = get_object_head_values_from_object_content(content)
+    fields = json.loads(get_object_body(content, Array))
+    names = [children[number] for number in fields["arraychunk_ids"]]
+    if sum(len(contents[name]) for name in names) > most:
+        raise ValueError(f"an array of more than {most} bytes")
+    bodies = {name: memoryview(contents[name])[_body_start(contents[name]) :] for name in children}
+    data = b"".join(bodies[name] for name in names)
+    return Array(fields["dtype"], tuple(fields["shape"]), fields["stype"], data)
+
+
+def _body_start(piece: bytes) -> int:
+    if get_object_type_from_object_content(piece) != ArrayChunk.__qualname__:
+        raise ValueError("a piece of an array is another object")
+    return piece.index(HEAD_BODY_DIVIDER) + 1

@@ -4,24 +4,42 @@ import dataclasses
 import json
 
 import pytest
-from flwr.app import Array, ConfigRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Message, Metadata, RecordDict
+from flwr.app.message.message import make_message
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json
 from fedward.errors import IdentityError, SiteCode
 from fedward.identity import Identity
-from fedward.messages import Letter, countersign, open_letter, seal_letter
+from fedward.messages import (
+    Letter,
+    countersign,
+    inflate,
+    open_letter,
+    seal_letter,
+    seal_letters,
+)
 
 SENDER = Identity(bytes(32))
+LONG = bytes(range(250)) * 300
 LETTER = Letter(
     action="hello",
     attempt=Attempt(run="r", round=2, attempt=3),
     site=4,
     code=SiteCode.DONE,
-    parts={"message": b"abc", "empty": b""},
+    parts={"message": b"abc", "empty": b"", "words": LONG},
     lines=((3, "ab" * 32), (7, "cd" * 32)),
     receipt=countersign(SENDER, b"site", (3, "ab" * 32)),
 )
+
+
+def message_of(records: RecordDict) -> Message:
+    metadata = Metadata(
+        run_id=1, message_id="", src_node_id=1, dst_node_id=1, reply_to_message_id="",
+        group_id="", created_at=1.0, ttl=1.0, message_type="train",
+    )  # fmt: skip
+    return make_message(metadata, content=records)
 
 
 def test_a_letter_comes_back_as_it_was():
@@ -31,9 +49,32 @@ def test_a_letter_comes_back_as_it_was():
 
 def test_a_letter_survives_flowers_wire_format():
     records = seal_letter(LETTER, SENDER, "site")
-    children = {child.object_id: child for child in records.children.values()}
-    again = RecordDict.inflate(records.deflate(), children)
-    assert open_letter(again, SENDER.public_key, "site") == LETTER
+    message = message_of(records)
+    contents = {n: item.deflate() for n, item in get_all_nested_objects(message).items()}
+    assert len(contents) == 6, "message, records, letter; array record, array and its one piece"
+    again = inflate(message.object_id, contents, sum(map(len, contents.values())))
+    assert again is not None
+    assert open_letter(again.content, SENDER.public_key, "site") == LETTER
+    assert inflate(message.object_id, contents, len(LONG) - 1) is None
+
+
+def test_a_letter_without_long_parts_is_three_objects():
+    letter = dataclasses.replace(LETTER, parts={"message": b"abc"})
+    message = message_of(seal_letter(letter, SENDER, "site"))
+    assert len(get_all_nested_objects(message)) == 3
+
+
+def test_letters_sealed_together_are_the_same_as_alone():
+    letters = [dataclasses.replace(LETTER, site=site) for site in (4, 5)]
+    together = seal_letters(letters, SENDER, "site")
+    alone = [seal_letter(letter, SENDER, "site") for letter in letters]
+    assert [r.object_id for r in together] == [r.object_id for r in alone]
+    assert together[0]["parts"]["words"] is together[1]["parts"]["words"]
+    equal = [dataclasses.replace(LETTER, parts={"words": bytes(list(LONG))}) for _ in letters]
+    changed = dataclasses.replace(LETTER, parts={"words": LONG + b"x"})
+    for letter, records in zip([*equal, changed], seal_letters([*equal, changed], SENDER, "site"),
+                               strict=True):  # fmt: skip
+        assert open_letter(records, SENDER.public_key, "site") == letter
 
 
 def test_a_site_cannot_speak_as_the_coordinator():
@@ -49,20 +90,37 @@ def test_another_key_is_refused():
 
 
 def change_part(records):
-    records["parts"]["message"] = Array(dtype="uint8", shape=(3,), stype="raw", data=b"abd")
+    records["letter"]["part.message"] = b"abd"
+
+
+def change_array(records):
+    data = LONG[1:] + b"x"
+    records["parts"]["words"] = Array(dtype="uint8", shape=(len(data),), stype="raw", data=data)
 
 
 def add_part(records):
-    records["parts"]["more"] = Array(dtype="uint8", shape=(0,), stype="raw", data=b"")
+    records["letter"]["part.more"] = b""
+
+
+def add_array(records):
+    records["parts"]["message"] = Array(dtype="uint8", shape=(0,), stype="raw", data=b"")
 
 
 def remove_part(records):
-    del records["parts"]["empty"]
+    del records["letter"]["part.empty"]
 
 
-def pickle_part(records):
-    records["parts"]["message"] = Array(
-        dtype="uint8", shape=(3,), stype="numpy.ndarray", data=b"abc"
+def remove_array(records):
+    del records["parts"]
+
+
+def retype_part(records):
+    records["letter"]["part.message"] = "abc"
+
+
+def pickle_array(records):
+    records["parts"]["words"] = Array(
+        dtype="uint8", shape=(len(LONG),), stype="numpy.ndarray", data=LONG
     )
 
 
@@ -83,9 +141,13 @@ def grow_header(records):
     "change",
     [
         change_part,
+        change_array,
         add_part,
+        add_array,
         remove_part,
-        pickle_part,
+        remove_array,
+        retype_part,
+        pickle_array,
         change_header,
         remove_header,
         grow_header,

@@ -32,7 +32,7 @@ from fedward.errors import (
     SiteCode,
 )
 from fedward.identity import Identity, Roster
-from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letter
+from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letters
 from fedward.plan import Plan
 from fedward.server.anchors import Anchors
 from fedward.server.replies import Clock, collect
@@ -312,24 +312,26 @@ class RoundEngine:
             The letters of sites that did as asked, and for every other site why it is left out.
         """
         nodes = {self._nodes[site]: site for site in todo}
+        letters = [
+            Letter(
+                action=action,
+                attempt=attempt,
+                site=site,
+                parts=parts,
+                receipt=self._anchors.receipt(site),
+            )
+            for site, parts in todo.items()
+        ]
         messages = [
             grid.create_message(
-                content=seal_letter(
-                    Letter(
-                        action=action,
-                        attempt=attempt,
-                        site=site,
-                        parts=parts,
-                        receipt=self._anchors.receipt(site),
-                    ),
-                    self._identity,
-                    "coordinator",
-                ),
+                content=content,
                 message_type=MESSAGE_TYPES[action],
                 dst_node_id=self._nodes[site],
                 group_id=str(attempt.round),
             )
-            for site, parts in todo.items()
+            for site, content in zip(
+                todo, seal_letters(letters, self._identity, "coordinator"), strict=True
+            )
         ]
         accepted, refused = dict[int, Letter](), dict.fromkeys(todo, _SILENT)
         failpoints.hit("round.asked")

@@ -200,12 +200,13 @@ class LinkGrid(Grid):
         """Put messages into the database; returns the ids under which replies will be found."""
         activations = self._activations()
         ids = []
-        for message in messages:
-            activation = activations.get(message.metadata.dst_node_id, "")
-            pending = _Pending(message=message, activation=activation)
-            number = self._store(pending)
-            self._pending[number] = pending
-            ids.append(number)
+        with no_object_id_recompute():  # what several messages hold is hashed once
+            for message in messages:
+                activation = activations.get(message.metadata.dst_node_id, "")
+                pending = _Pending(message=message, activation=activation)
+                number = self._store(pending)
+                self._pending[number] = pending
+                ids.append(number)
         self._next_look = self._last_found = time.monotonic()
         return ids
 
@@ -257,11 +258,10 @@ class LinkGrid(Grid):
                     state.store_object(run, session, number, item.deflate())
             return stored
 
-        with no_object_id_recompute():  # each array is hashed once
-            number = message.object_id
-            message.metadata.__dict__["_message_id"] = number
-            if not retry_busy(store):  # its site is revoked
-                pending.reply = Message(Error(ErrorCode.NODE_UNAVAILABLE), reply_to=message)
+        number = message.object_id
+        message.metadata.__dict__["_message_id"] = number
+        if not retry_busy(store):  # its site is revoked
+            pending.reply = Message(Error(ErrorCode.NODE_UNAVAILABLE), reply_to=message)
         return number
 
     def _activations(self) -> dict[int, str]:
@@ -300,7 +300,8 @@ class LinkGrid(Grid):
                 pending.deliveries += 1
                 if pending.deliveries <= _DELIVERIES:
                     self._state.delete_messages({number})
-                    self._store(pending)
+                    with no_object_id_recompute():
+                        self._store(pending)
 
     def _whole(self, header: Message, parts: dict[str, bytes]) -> Message | None:
         """The reply with its content, once every object of it has arrived; ``parts`` holds them."""

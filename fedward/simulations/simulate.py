@@ -31,7 +31,12 @@ from fedward.client.step_check import check_step
 from fedward.client.trainer import LocalTrainer
 from fedward.client.training import Trainer
 from fedward.errors import ConfigurationError
-from fedward.server.store import Phase, RunStore
+from fedward.messages import parts_of
+from fedward.plan import Plan
+from fedward.server.fallback import fallback_job, train_apart
+from fedward.server.registry import Registry
+from fedward.server.registry_entries import add_run
+from fedward.server.store import ROUND_ENDS, Phase, RunStore
 from fedward.simulations import baseline
 from fedward.simulations.case import Case, Options, load_case
 from fedward.simulations.comparison import (
@@ -94,7 +99,18 @@ def run_simulation(options: Options, console: Console) -> dict[str, Any]:
     if report.seen is not None:
         console.print(render_seen(report.seen), highlight=False)
     console.print(f"report: {options.out / 'report.html'}")
+    console.print(f"model: {_register(options, case.plan, folder)}", highlight=False)
     return report.to_json()
+
+
+def _register(options: Options, plan: Plan, folder: Path) -> str:
+    """Put the federated adapter into the registry; returns what it is called there."""
+    registry = Registry(options.registry or options.out.parent / "registry")
+    registry.keep_base(resolve_model(plan.model), str(plan.model.sha256))
+    result = read_json(folder / "results" / "federated.json") or {}
+    metrics = {key: result.get(key) for key in ("loss", "accuracy", "macro_f1")}
+    with contextlib.closing(RunStore(folder / "coordinator")) as store:
+        return f"{add_run(registry, plan, RUN, store, metrics).title} in {registry.folder}"
 
 
 class _Work:
@@ -201,6 +217,7 @@ class _Work:
                 workers=max(1, ray_workers),
                 fault=self._fault,
                 watch=self._watch,
+                fallback=self._fallback(),
             )
             self._catch_up()
             self._show.update(task, completed=len(self._notes["cohorts"]))
@@ -216,7 +233,9 @@ class _Work:
                     self._console.print(
                         f"round {attempt.round} tried again: {facts['reason']}", markup=False
                     )
-                elif phase is Phase.COMMITTED and isinstance(facts, Mapping):
+                elif phase in ROUND_ENDS and isinstance(facts, Mapping):
+                    if phase is Phase.FALLBACK:
+                        self._console.print(f"round {attempt.round}: trained by the coordinator")
                     self._committed(attempt, facts)
                     self._show.update(task, completed=attempt.round)
 
@@ -225,6 +244,14 @@ class _Work:
         write_atomically(self._folder / "models" / "federated.safetensors", adapter)
         score = self._score("federated", lambda _: evaluate_adapter(plan, adapter, self._case.test))
         return score, epsilon
+
+    def _fallback(self) -> Callable[[int, bytes], bytes] | None:
+        """The job of the plan's ``[fallback]``, checked before anybody trains."""
+        plan, work = self._plan, self._folder / "fallback"
+        if plan.fallback is None:
+            return None
+        step, base = fallback_job(plan, Path(plan.fallback.job)), resolve_model(plan.model)
+        return lambda _, adapter: train_apart(plan, step, base, adapter, work)
 
     def _fault(self, node: int, message: Message) -> bool:
         """The demo's accident: one site dies in round 2, when the others send masked updates."""
@@ -238,15 +265,15 @@ class _Work:
         """Keep the first masked update that crosses."""
         if message.metadata.message_type != "train.masked" or not message.has_content():
             return
-        words = message.content.array_records["parts"].get("words")
+        words = parts_of(message.content).get("words")
         if words is not None and self._federation is not None:
             name = self._federation.names[message.metadata.src_node_id - FIRST_NODE]
-            self._masked = (name, bytes(words.data[:_SEEN_BYTES]))
+            self._masked = (name, words[:_SEEN_BYTES])
 
     def _catch_up(self) -> None:
         """Note the round that was committed in the instant before a kill."""
         with contextlib.closing(RunStore(self._folder / "coordinator")) as store:
-            done = [event for event in store.events(RUN) if event.phase is Phase.COMMITTED]
+            done = [event for event in store.events(RUN) if event.phase in ROUND_ENDS]
         for event in done[len(self._notes["cohorts"]) :]:
             self._committed(event.attempt, json.loads(event.payload))
 
@@ -261,13 +288,13 @@ class _Work:
             start = evaluate_adapter(self._plan, self._tuned.start, self._curve_test)
             notes["curve"].append(self._measure(start))
         notes["curve"].append(score)
-        notes["cohorts"].append([federation.names[site] for site in facts["cohort"]])
+        notes["cohorts"].append([federation.names[site] for site in facts.get("cohort", ())])
         if "slots" in facts:
             notes.setdefault("slots", []).append(facts["slots"])
         for name, node in zip(federation.names, federation.nodes.values(), strict=True):
             notes["bytes_up"][name] += federation.grid.take_bytes_up(node)
             federation.grid.revive(node)
-        if self._masked is not None:
+        if self._masked is not None and "sum" in facts:
             parameters = planned_session(
                 self._plan,
                 federation.roster,

@@ -80,7 +80,7 @@ def test_a_letter_for_another_site_is_refused(desk):
 def test_an_altered_part_is_refused(desk):
     sealed = desk.letter("task", FIRST, 0, desk.task_parts())
     other = desk.letter("task", FIRST, 0, desk.task_parts(adapter=b"another"))
-    sealed["parts"] = other["parts"]
+    sealed["letter"]["part.adapter"] = other["letter"]["part.adapter"]
     with pytest.raises(IdentityError, match="not the ones its sender signed"):
         desk.agents[0].answer(sealed)
 

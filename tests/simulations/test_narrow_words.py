@@ -7,6 +7,7 @@ import numpy as np
 from fedward.aggregation.packing import unpack
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.schemes import next_vector
+from fedward.messages import parts_of
 from fedward.plan_aggregation import Aggregation
 from fedward.server.store import Phase
 from fedward.tuning.tuned import tuned_model
@@ -24,8 +25,8 @@ def test_rounds_with_a_dropout(tmp_path, base):
 
     def watch(message):
         if message.metadata.message_type == "train.masked" and message.has_content():
-            words = message.content.array_records["parts"].get("words")
-            sizes.update(() if words is None else (len(words.data),))
+            words = parts_of(message.content).get("words")
+            sizes.update(() if words is None else (len(words),))
 
     federation = tiny.make_federation(
         tmp_path, plan, trainers, fault=Accident("masked"), watch=watch
