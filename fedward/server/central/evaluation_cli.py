@@ -26,7 +26,9 @@ _Unit = Annotated[
 ]
 _Reward = Annotated[
     Path | None,
-    typer.Option(help="A job whose [reward] pattern or column scores what the model writes."),
+    typer.Option(
+        help="A job by whose reward rule (pattern or column) the model's answers are scored."
+    ),
 ]
 _Generate = Annotated[
     bool,
@@ -37,7 +39,9 @@ _Tokens = Annotated[int, typer.Option(help="Longest continuation.", min=1)]
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A trained model's folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A trained model's folder, or registry:NAME:NUMBER.")
+    ],
     data: _Data,
     out: _Out = None,
     map_: _Map = None,
@@ -76,7 +80,9 @@ def evaluate(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="A trained model's folder.")],
+    first: Annotated[
+        str, typer.Argument(help="A trained model's folder, or registry:NAME:NUMBER.")
+    ],
     second: Annotated[str, typer.Argument(help="Another's, of the same kind.")],
     data: _Data,
     by: Annotated[
@@ -122,7 +128,9 @@ def compare(
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A trained language model's folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A language model's folder, or registry:NAME:NUMBER.")
+    ],
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
     temperature: Annotated[

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fedward.errors import ModelError
-from fedward.server.central.loading import Kind, open_trained
+from fedward.server.central.loading import open_trained
+from fedward.server.central.manifest import Kind
+from fedward.server.registry import model_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,14 @@ def open_model(reference: str) -> Opened:
     """Load the model that a command names.
 
     Args:
-        reference: The ``model`` folder of a job, or a whole model's folder.
+        reference: The ``model`` folder of a job, a whole model's folder, or
+            ``registry:NAME:NUMBER``.
 
     Raises:
+        ConfigurationError: There is no such version, or no registry.
         ModelError: There is no such folder, or it cannot be loaded.
     """
-    folder = Path(reference).expanduser()
+    folder = model_folder(reference)
     if not folder.is_dir():
         raise ModelError(f"{reference}: no such folder; name the model folder that a job made")
     model, tokenizer, kind = open_trained(folder)

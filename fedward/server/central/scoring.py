@@ -18,7 +18,7 @@ from fedward.errors import ConfigurationError, DataError, InvalidValue
 from fedward.server.central.data import value_of, whole_rows
 from fedward.server.central.inputs import answer_start, closed_ids, last_turn, open_ids, words
 from fedward.server.central.job import Reward
-from fedward.server.central.loading import Kind
+from fedward.server.central.manifest import Kind
 from fedward.server.central.opening import Opened
 from fedward.server.central.predicting import input_ids, longest, say
 from fedward.server.central.rewards import rule
