@@ -106,8 +106,8 @@ class Chain:
         self.entries.append(json.loads(line)["entry"])
         self._hashes.append(own.hex())
         self._size += len(line)
-        self._broken = False
         failpoints.hit("chain.written")
+        self._broken = False
 
     def check_anchor(self, seq: int, head: str) -> None:
         """Check that a head kept elsewhere still is part of this chain.

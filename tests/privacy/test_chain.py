@@ -295,3 +295,21 @@ def test_kill_9_loses_no_acknowledged_entry(tmp_path):
         assert acknowledged == list(range(entries, entries + len(acknowledged)))
         assert len(numbers) - (entries + len(acknowledged)) in (0, 1)
         entries = len(numbers)
+
+
+def test_an_error_between_disk_and_memory_stops_the_chain(tmp_path, monkeypatch):
+    """Found by the fault laboratory: two lines of one number, and no start again."""
+    with opened(tmp_path / "chain") as chain:
+        chain.append({"n": 1})
+        with monkeypatch.context() as memory_exhausted:
+            memory_exhausted.setattr(json, "loads", raise_memory_error)
+            with pytest.raises(MemoryError):
+                chain.append({"n": 2})
+        with pytest.raises(LedgerError, match="open it again"):
+            chain.append({"n": 3})
+    with opened(tmp_path / "chain") as chain:
+        assert chain.entries == [{"n": 1}, {"n": 2}]
+
+
+def raise_memory_error(*_: object) -> None:
+    raise MemoryError

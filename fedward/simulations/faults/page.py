@@ -5,7 +5,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fedward.failpoints import NAMES
@@ -21,14 +21,22 @@ def write_page(path: Path, schedules: int) -> None:
         path: The page; between its markers everything is replaced.
         schedules: How many, at least 1.
     """
-    text = path.read_text(encoding="utf-8")
-    for name, lines in (("pairs", pair_lines()), ("schedules", schedule_lines(schedules))):
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        text = (
-            before + begin + "".join(f"{line}\n" for line in lines) + end + rest.partition(end)[2]
-        )
+    parts = {"pairs": [*pair_lines()], "schedules": [*schedule_lines(schedules)]}
+    text = path.read_text(encoding="utf-8")  # only now: the runs take minutes
+    for name, lines in parts.items():
+        text = replace_part(text, name, lines)
     path.write_text(text, encoding="utf-8")
+
+
+def replace_part(text: str, name: str, lines: Iterable[str]) -> str:
+    r"""Put lines between the markers of a part.
+
+    >>> replace_part("a <!-- x -->\n1\n<!-- end of x --> b", "x", ["2"])
+    'a <!-- x -->\n2\n<!-- end of x --> b'
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(begin)
+    return before + begin + "".join(f"{line}\n" for line in lines) + end + rest.partition(end)[2]
 
 
 def pair_lines() -> Iterator[str]:
