@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedward.errors import DataError
-from fedward.tuning.resampling import Units, bootstrap, each_row, swap_test, units_of
+from fedward.tuning.resampling import Indices, Units, bootstrap, each_row, swap_test, units_of
 
 PATIENTS, NOTES = 40, 5
 BY_PATIENT = units_of([f"p{i % PATIENTS}" for i in range(PATIENTS * NOTES)])
@@ -23,9 +23,11 @@ def covered(units: Units) -> float:
     hits = 0
     for seed in range(200):
         values = draw(seed, 1.0)
-        (low,), (high,) = bootstrap(
-            lambda rows, values=values: values[rows].mean(keepdims=True), units, resamples=200
-        )
+
+        def mean(rows: Indices, values: np.ndarray = values) -> np.ndarray:
+            return np.array([values[rows].mean()])
+
+        (low,), (high,) = bootstrap(mean, units, resamples=200)
         hits += low <= 1.0 <= high
     return hits / 200
 

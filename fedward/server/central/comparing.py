@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
+from scipy.stats import binomtest  # type: ignore[import-untyped]  # no py.typed
 
 from fedward.errors import ConfigurationError, InvalidValue, ModelError
 from fedward.server.central.data import file_digest

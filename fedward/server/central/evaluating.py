@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr  # type: ignore[import-untyped]  # no py.typed
 
 from fedward.server.central.data import file_digest
 from fedward.server.central.loading import identity
@@ -86,7 +86,7 @@ def figures_of(scores: Scores) -> dict[str, Figure]:
         classes = len(scores.labels)
         found["accuracy"] = _mean("correct")
         for place, name in enumerate(("precision", "recall", "f1")):
-            found[f"macro_{name}"] = lambda n, p=place: _macro(_by_class(n, classes)[p])
+            found[f"macro_{name}"] = _macro(classes, place)
     if "preferred" in has:
         found["preference_accuracy"] = _mean("preferred")
         found["mean_margin"] = _mean("margin")
@@ -266,6 +266,11 @@ def _by_class(numbers: Numbers, classes: int) -> tuple[Class, Class, Class]:
     )
 
 
-def _macro(values: Class) -> float:
-    """Unweighted mean over the classes that occur."""
-    return float(values[~np.isnan(values)].mean())
+def _macro(classes: int, place: int) -> Figure:
+    """Unweighted mean over the classes that occur of precision, recall or F1."""
+
+    def macro(numbers: Numbers) -> float:
+        values = _by_class(numbers, classes)[place]
+        return float(values[~np.isnan(values)].mean())
+
+    return macro

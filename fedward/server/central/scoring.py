@@ -126,7 +126,7 @@ def read_rows(asked: Asked, kind: Kind) -> Rows:
     wanted = {name: own[name] for name in way}
     if kind == "reward" and own["score"] in table.columns:
         wanted["score"] = own["score"]
-    extra = [asked.unit, asked.reward and asked.reward.column]
+    extra = [asked.unit, None if asked.reward is None else asked.reward.column]
     for column in [*wanted.values(), *(name for name in extra if name is not None)]:
         check_column(column, table.columns, asked.data)
     found = list(whole_rows(table.rows, asked.data))

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from fedward.errors import ConfigurationError
-from fedward.server.central.job import Job
+from fedward.server.central.job import Job, Step
 from fedward.server.central.running import run_job
 from tests.server.central.rig import build_base, make_step, run
 
@@ -38,7 +38,7 @@ def interrupted(request, tmp_path_factory):
     return step, folder / "out"
 
 
-def planted(interrupted, folder: Path, name: str) -> tuple[object, Path, Path]:
+def planted(interrupted: tuple[Step, Path], folder: Path, name: str) -> tuple[Step, Path, Path]:
     step, before = interrupted
     out, marker = folder / "out", folder / "it ran"
     shutil.copytree(before, out)
@@ -73,6 +73,6 @@ def test_weights_that_are_no_safetensors_are_read_as_tensors_alone(interrupted, 
 def test_other_files_of_a_checkpoint_are_not_read(interrupted, tmp_path):
     """transformers writes its arguments as a pickle, which nobody opens."""
     step, out, marker = planted(interrupted, tmp_path, "training_args.bin")
-    run_job(Job(name="job", steps=(step,)), out, Console(file=io.StringIO()), resume=True)  # type: ignore[arg-type]
+    run_job(Job(name="job", steps=(step,)), out, Console(file=io.StringIO()), resume=True)
     assert not marker.exists()
     assert json.loads((out / "sft" / "report.json").read_text())["steps"] == 2

@@ -169,7 +169,7 @@ class TestReward:
         rows = [{**row, "score": float(r) ** 3} for row, r in zip(texts, rated, strict=True)]
         found = evaluated(jobs["reward"]["model"], tmp_path, rows)
         assert found.figures["spearman"].value == pytest.approx(1.0)
-        turned = [{**row, "score": -row["score"]} for row in rows]
+        turned = [{**row, "score": -float(r)} for row, r in zip(texts, rated, strict=True)]
         found = evaluated(jobs["reward"]["model"], tmp_path, turned)
         assert found.figures["spearman"].value == pytest.approx(-1.0)
 
