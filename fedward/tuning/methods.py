@@ -28,6 +28,7 @@ from peft import (
 
 from fedward.errors import ConfigurationError
 from fedward.tuning.bottleneck import HOULSBY, PFEIFFER, put_behind
+from fedward.tuning.experts import Part
 
 LORAPLUS = "loraplus_lr_ratio"
 """The one key that is the optimizer's and not PEFT's: the rate of B over that of A."""
@@ -79,6 +80,7 @@ class Method:
         config: PEFT's class; None trains every parameter.
         fixed: Fields that the name stands for; the user cannot set them.
         usual: Fields used unless the user says something else.
+        part: What alone of a mixture of experts is trained, where it is not all.
         mergeable: Whether its update can be added to the base's weights.
     """
 
@@ -87,6 +89,7 @@ class Method:
     config: type[PeftConfig] | None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     usual: Mapping[str, Any] = field(default_factory=dict)
+    part: Part | None = None
     mergeable: bool = True
 
     @property
@@ -98,7 +101,7 @@ class Method:
     def known(self) -> list[str]:
         """The keys that ``[tuner]`` may have beside ``method``, sorted."""
         if self.config is None:
-            return []
+            return sorted(self.usual)
         own = {item.name for item in dataclasses.fields(self.config)}
         own -= {*FOLLOWS, *_CLOSED, *self.fixed}
         return sorted(own | ({LORAPLUS} & self.usual.keys()))
@@ -106,6 +109,21 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "full": Method(what="every parameter", source="", config=None),
+    "gradual": Method(
+        what="every parameter: `layers` from the top at first, as many more `every` so many steps",
+        source="Howard and Ruder 2018, arXiv 1801.06146",
+        config=None,
+        usual={"every": 100, "layers": 1},
+    ),
+    "experts": Method(
+        what="the experts of a mixture, nothing else",
+        source="Wang et al. 2024, arXiv 2407.01906",
+        config=None,
+        part="experts",
+    ),
+    "router": Method(
+        what="the routers of a mixture of experts", source="", config=None, part="router"
+    ),
     "lora": Method(
         what="a low-rank product beside each layer",
         source="Hu et al. 2021, arXiv 2106.09685",
@@ -117,6 +135,23 @@ METHODS: Mapping[str, Method] = {
         source="Dettmers et al. 2023, arXiv 2305.14314",
         config=LoraConfig,
         usual=_ALL,
+    ),
+    "lora-experts": Method(
+        what="LoRA on the experts of a mixture, one for each expert",
+        source="Hu et al. 2021, arXiv 2106.09685",
+        config=LoraConfig,
+        fixed={
+            "target_modules": [],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
+        part="experts",
+    ),
+    "lora-router": Method(
+        what="LoRA on the routers of a mixture of experts",
+        source="Hu et al. 2021, arXiv 2106.09685",
+        config=LoraConfig,
+        fixed={"target_modules": [], "target_parameters": ["gate.weight", "router.weight"]},
+        part="router",
     ),
     "rslora": Method(
         what="LoRA scaled by 1/√r",

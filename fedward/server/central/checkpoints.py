@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import RepeatSampler
 
 from fedward.errors import ConfigurationError
+from fedward.tuning.experts import has_experts
 from fedward.tuning.methods import without_peft_noise
 from fedward.tuning.tuners import trainable
 
@@ -192,12 +193,16 @@ def _parameters(trainer: Any) -> dict[str, nn.Parameter]:  # noqa: ANN401  # TRL
     parts: dict[str, nn.Module | None] = {"critic": vars(trainer).get("critic")}
     if isinstance(trainer.model, PeftModel):
         parts["model"] = trainer.model
-    return {
+    found = {
         f"{key}:{name}": parameter
         for key, part in parts.items()
         if part is not None
         for name, parameter in trainable(part).items()
     }
+    if "model" not in parts and has_experts(trainer.model):
+        # transformers saves fused experts apart, and its trainer does not put them together again.
+        found |= {f"model:{name}": p for name, p in trainer.model.named_parameters()}
+    return found
 
 
 def _adalora(model: nn.Module) -> tuple[Any, Any]:

@@ -27,6 +27,27 @@ STEP = "step:"
 _NAME = r"[a-z0-9][a-z0-9-]{0,63}"
 
 
+Combination = Literal[
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+"""PEFT's ways to make several LoRA adapters into one."""
+
+
+def _check_name(name: str) -> None:
+    holds = re.fullmatch(_NAME, name) is not None
+    require(holds, "name", name, "1 to 64 of a-z, 0-9 and '-'")
+
+
 def _is_plain(value: object) -> bool:
     if isinstance(value, list):
         return all(map(_is_plain, value))
@@ -119,6 +140,55 @@ class Stop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Log:
+    """``[log]``: who else shows what a training logs, in the job's own folder.
+
+    Args:
+        to: ``tensorboard``, ``mlflow`` or both.
+    """
+
+    to: tuple[Literal["tensorboard", "mlflow"], ...] = ()
+
+
+LIKELIHOODS = ("sft", "reward", "dpo")
+"""Stages whose loss is a negative log likelihood, as EWC's Fisher information wants it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """``[keep]``: what the model shall not forget, and by which means.
+
+    Args:
+        data: Rows of what it knew, in the columns of the stage; for ``replay`` and ``ewc``.
+        evaluation: Held-out ones; the report says what the model scores there before and after.
+        replay: Share of the rows trained on that are old, 0 to below 1.
+        l2_sp: Pull of every trained parameter to its start, 0 or more.
+        ewc: The same by how much the old rows need the parameter, 0 or more; that need is 1 on
+            average.
+        ewc_examples: How many old rows say what they need, 1 or more.
+    """
+
+    data: str | None = None
+    evaluation: str | None = None
+    replay: float = 0.0
+    l2_sp: float = 0.0
+    ewc: float = 0.0
+    ewc_examples: int = 256
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        require(0 <= self.replay < 1, "replay", self.replay, "0 to below 1")
+        for key in ("l2_sp", "ewc"):
+            weight: float = vars(self)[key]
+            require(0 <= weight < float("inf"), key, weight, "0 or more")
+        require(self.ewc_examples >= 1, "ewc_examples", self.ewc_examples, "1 or more")
+        if (self.replay or self.ewc) and self.data is None:
+            raise ConfigurationError("[keep] replay and ewc need data: rows of what it knew")
+        if not (self.replay or self.ewc or self.l2_sp or self.evaluation):
+            raise ConfigurationError("[keep] expected replay, l2_sp, ewc or evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """``[train]``: how to train; every key is one of TRL's configuration of the stage.
 
@@ -156,12 +226,13 @@ class Step:
     train: Train = field(default_factory=Train)
     reward: Reward | None = None
     stop: Stop | None = None
+    keep: Keep | None = None
+    log: Log = field(default_factory=Log)
     teacher: str | None = None
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        holds = re.fullmatch(_NAME, self.name) is not None
-        require(holds, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
+        _check_name(self.name)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         needed = self.stage in REWARDED
         if needed is (self.reward is None):
@@ -172,11 +243,65 @@ class Step:
             raise ConfigurationError(f"the stage {self.stage!r} {verb} key 'teacher'")
         if self.stop is not None and self.data.evaluation is None:
             raise ConfigurationError("[stop] needs [data] evaluation, to see what gets better")
+        if self.keep is not None and self.keep.ewc and self.stage not in LIKELIHOODS:
+            raise ConfigurationError(
+                f"[keep] ewc goes with the stages {', '.join(LIKELIHOODS)}: the loss of "
+                f"{self.stage!r} is no likelihood of given answers"
+            )
 
     def needs(self) -> list[str]:
         """The models that it starts from: paths, or ``step:NAME``."""
         reward = None if self.reward is None else self.reward.path
         return [path for path in (self.model.path, reward, self.teacher) if path is not None]
+
+    def files(self) -> list[str]:
+        """The files that it reads."""
+        kept = (None, None) if self.keep is None else (self.keep.data, self.keep.evaluation)
+        return [path for path in (self.data.train, self.data.evaluation, *kept) if path is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """``[[merges]]``: several LoRA adapters of one base made into one.
+
+    Args:
+        name: Lower-case letters, digits and dashes.
+        models: Two or more adapters that jobs made, each a path or ``step:NAME``.
+        weights: Of each; left out: one over their number.
+        how: PEFT's combination type. ``cat`` and ``svd`` of full rank are exact; ``linear``
+            averages the factors in place of their products.
+        density: Share of the entries that TIES, DARE and pruning keep, above 0 to 1.
+        rank: Of what ``svd`` leaves, 1 or more; left out: the largest of theirs.
+        seed: Of DARE's choice, 0 to 2^32 - 1.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+    how: Combination = "svd"
+    density: float | None = None
+    rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        _check_name(self.name)
+        require(len(self.models) >= 2, "models", list(self.models), "two or more adapters")
+        given = None if self.weights is None else list(self.weights)
+        holds = given is None or len(given) == len(self.models)
+        require(holds, "weights", given, f"{len(self.models)} numbers, one for each model")
+        thins = self.how.startswith(("ties", "dare", "magnitude"))
+        if thins is (self.density is None):
+            raise ConfigurationError(f"how = {self.how!r} {'needs' if thins else 'has no'} density")
+        require(self.density is None or 0 < self.density <= 1, "density", self.density, "0 to 1")
+        require(self.rank is None or self.rank >= 1, "rank", self.rank, "1 or more")
+        holds = self.rank is None or self.how.endswith("svd")
+        require(holds, "rank", self.rank, "none unless how ends in svd")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+
+    def needs(self) -> list[str]:
+        """The models that it is made of: paths, or ``step:NAME``."""
+        return list(self.models)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,25 +311,39 @@ class Job:
     Args:
         name: Lower-case letters, digits and dashes.
         steps: What is trained, in order, each with a name of its own.
+        merges: What is made of their results, each as soon as its models are there.
     """
 
     name: str
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = ()
+    merges: tuple[Merge, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        holds = re.fullmatch(_NAME, self.name) is not None
-        require(holds, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
+        _check_name(self.name)
         done = list[str]()
-        for step in self.steps:
+        for step in self.order():
             require(step.name not in done, "name", step.name, "another name for each step")
             for path in step.needs():
                 before = path.removeprefix(STEP)
                 if path.startswith(STEP) and before not in done:
                     allowed = f"an earlier step: {', '.join(done) or 'this is the first'}"
-                    raise InvalidValue(f"[[steps]] {step.name}: model", path, allowed)
+                    raise InvalidValue(f"{step.name}: model", path, allowed)
             done.append(step.name)
         require(bool(done), "steps", [], "at least one")
+
+    def order(self) -> list[Step | Merge]:
+        """Steps and merges in the order in which they are made."""
+        made, waiting = list[Step | Merge](), list(self.merges)
+        for step in (None, *self.steps):
+            if step is not None:
+                made.append(step)
+            for merge in tuple(waiting):
+                there = {STEP + each.name for each in made}
+                if all(path in there or not path.startswith(STEP) for path in merge.models):
+                    made.append(merge)
+                    waiting.remove(merge)
+        return [*made, *waiting]
 
 
 def load_job(path: Path) -> Job:
@@ -214,7 +353,8 @@ def load_job(path: Path) -> Job:
         ConfigurationError: Names file, section, key, value and what is allowed.
     """
     try:
-        several = "steps" in tomllib.loads(path.read_text(encoding="utf-8"))
+        keys = tomllib.loads(path.read_text(encoding="utf-8")).keys()
+        several = bool(keys & {"steps", "merges"})
     except (OSError, ValueError, RecursionError):
         several = True  # the loader below says what is wrong
     if several:

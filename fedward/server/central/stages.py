@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForTokenClassification, EarlyStoppingCallback, TrainerCallback
@@ -14,9 +15,13 @@ from fedward.errors import ConfigurationError, ModelError
 from fedward.server.central.checkpoints import exact
 from fedward.server.central.data import read_dataset
 from fedward.server.central.job import REWARDED, Step
-from fedward.server.central.loading import Kind, device, open_base, open_trained
+from fedward.server.central.keeping import hold, keeping
+from fedward.server.central.loading import device, open_base, open_trained
+from fedward.server.central.manifest import Kind
 from fedward.server.central.rewards import rule
 from fedward.server.central.settings import load_class, settings
+from fedward.server.central.unfreezing import Unfreeze
+from fedward.tuning.experts import part_of, train_only
 from fedward.tuning.methods import LORAPLUS, METHODS, peft_config, without_peft_noise
 from fedward.tuning.models import HEADS, open_config, open_weights, quiet
 from fedward.tuning.tuners import trainable
@@ -34,6 +39,7 @@ def build(
     *,
     judge: Path | None = None,
     teacher: Path | None = None,
+    tuned: tuple[PeftModel, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Any:  # noqa: ANN401  # TRL's trainer
     """TRL's trainer of a step, ready to train.
@@ -47,6 +53,7 @@ def build(
         folder: Where checkpoints go.
         judge: The reward model, where ``[reward]`` names one.
         teacher: Whom ``distill`` learns from.
+        tuned: A model that has its tuner already, and its tokenizer; else both are made here.
         callbacks: Told how far it is.
 
     Raises:
@@ -55,30 +62,35 @@ def build(
         ModelError: A model that cannot be loaded.
     """
     args = settings(step, folder)
-    read = [path for path in (step.data.train, step.data.evaluation) if path is not None]
-    train, *held_out = [read_dataset(Path(path), step) for path in read]
+    train, others = _rows(step)
+    if args.eval_strategy != "no" and "evaluation" not in others:
+        raise ConfigurationError("[train] eval_strategy needs [data] evaluation")
     steps = args.max_steps if args.max_steps > 0 else None
     task = TaskType.SEQ_CLS if step.stage == "reward" else TaskType.CAUSAL_LM
     config = peft_config(step.tuner.method, step.tuner.arguments, task, steps=steps)
+    watching = [*callbacks, *_own_callbacks(step)]
     transformers.set_seed(step.seed)
-    base, tokenizer = open_base(start, step.model, kind_of(step))
-    model: Any = base
+    model: Any
+    model, tokenizer = open_base(start, step.model, kind_of(step)) if tuned is None else tuned
     given = _extra(step, start, judge, teacher)
-    watching = [*callbacks]
-    if step.stop is not None:
-        watching.append(EarlyStoppingCallback(step.stop.patience, step.stop.threshold))
-    if step.tuner.method == "adalora":
-        watching.append(_Allocate())
+    if tuned is not None:
+        config = None
+    part = METHODS[step.tuner.method].part
+    if part is not None:
+        part_of(model, part) if config else train_only(model, part)
+    trainer_class = exact(load_class(step.stage, "trainer"))
+    if step.keep is not None:
+        trainer_class = keeping(trainer_class)
     try:
         with without_peft_noise():
             if step.stage == "orpo" and config is not None:
                 # TRL's would round embeddings and output layer of a quantised base to bfloat16.
                 model, config = get_peft_model(model, config), None
-            trainer = exact(load_class(step.stage, "trainer"))(
+            trainer = trainer_class(
                 model=model,
                 args=args,
                 train_dataset=train,
-                eval_dataset=held_out[0] if held_out else None,
+                eval_dataset=DatasetDict(others) if others else None,
                 processing_class=tokenizer,
                 peft_config=config,
                 callbacks=watching,
@@ -87,12 +99,35 @@ def build(
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigurationError(f"TRL or PEFT refuses the job: {error}") from error
     trainer.remove_callback(transformers.PrinterCallback)
+    prepared = dict(trainer.eval_dataset or {})
+    trainer.eval_dataset = prepared.get("evaluation")
     for parameter in trainable(trainer.model).values():
         parameter.data = parameter.data.float()
     if step.tuner.method == "lora+":
         trainer.optimizer = _loraplus(trainer, step)
     _check_saving(trainer, step)
+    if step.keep is not None:
+        hold(trainer, step.keep, prepared)
     return trainer
+
+
+def _rows(step: Step) -> tuple[Dataset, dict[str, Dataset]]:
+    """The rows to learn, and by their use those to evaluate with and those to keep."""
+    keep = (None, None) if step.keep is None else (step.keep.data, step.keep.evaluation)
+    others = dict(zip(("evaluation", "old", "known"), (step.data.evaluation, *keep), strict=True))
+    train = read_dataset(Path(step.data.train), step)
+    return train, {name: read_dataset(Path(p), step) for name, p in others.items() if p is not None}
+
+
+def _own_callbacks(step: Step) -> list[TrainerCallback]:
+    method, found = step.tuner.method, list[TrainerCallback]()
+    if step.stop is not None:
+        found.append(EarlyStoppingCallback(step.stop.patience, step.stop.threshold))
+    if method == "adalora":
+        found.append(_Allocate())
+    if method == "gradual":
+        found.append(Unfreeze(**{**METHODS[method].usual, **step.tuner.arguments}))
+    return found
 
 
 def _extra(step: Step, start: Path, judge: Path | None, teacher: Path | None) -> dict[str, Any]:
@@ -129,7 +164,7 @@ def _critic(step: Step, start: Path) -> Any:  # noqa: ANN401  # transformers' or
         config.num_labels = 1
         kind = AutoModelForTokenClassification
         critic = open_weights(kind, start, config, step.model, HEADS, device=device())
-    if step.tuner.method == "full":
+    if step.tuner.method in ("full", "gradual"):
         return critic
     lora = LoraConfig(
         task_type=TaskType.TOKEN_CLS, target_modules="all-linear", exclude_modules=[*HEADS]

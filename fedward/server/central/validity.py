@@ -16,7 +16,7 @@ BASES: tuple[Base, ...] = ("none", "nf4", "int8")
 
 def refusal(stage: Stage, method: str, base: Base) -> str | None:
     """Why a stage cannot be trained with a tuner over a base, or None where it can."""
-    if method == "full" and base != "none":
+    if METHODS[method].config is None and base != "none":
         return "quantised weights cannot be trained: use a tuner, or quantize = 'none'"
     if method == "qlora" and base != "nf4":
         return "qlora is LoRA over an NF4 base: set quantize = 'nf4', or use lora"

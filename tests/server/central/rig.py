@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fedward.plan import Model
-from fedward.server.central.job import Data, Job, Reward, Step, Train, Tuner
+from fedward.server.central.job import Data, Job, Merge, Reward, Step, Train, Tuner
 from fedward.server.central.running import run_job
 from fedward.tuning.small import build_llama, build_tokenizer
 
@@ -35,6 +37,11 @@ ROWS = {
 
 SMALL: Mapping[str, Mapping[str, Any]] = {
     "full": {},
+    "gradual": {"every": 1, "layers": 1},
+    "experts": {},
+    "router": {},
+    "lora-experts": {"r": 4},
+    "lora-router": {"r": 4},
     "lora": {"r": 4},
     "qlora": {"r": 4},
     "rslora": {"r": 4},
@@ -60,6 +67,32 @@ def build_base(folder: Path, *, layers: int = 1, max_length: int = 64, seed: int
     texts = [f"sign {word} is {word} none" for word in WORDS] * 4
     tokenizer = build_tokenizer(texts, 300)
     return build_llama(folder, tokenizer, heads=2, layers=layers, max_length=max_length, seed=seed)
+
+
+def build_experts(folder: Path, *, kind: str = "mixtral", layers: int = 1) -> Path:
+    """A mixture of four experts, of which two answer for a token."""
+    build_base(folder, layers=layers)  # for its tokenizer
+    shape: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "mixtral":
+            MixtralForCausalLM(MixtralConfig(num_local_experts=4, **shape)).save_pretrained(folder)
+            return folder
+        inner = {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 32}
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**inner, **shape)).save_pretrained(folder)
+    return folder
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -104,7 +137,9 @@ def _lengths(stage: str) -> dict[str, Any]:
     return {"max_length": 32}
 
 
-def run(*steps: Step, out: Path, resume: bool = False) -> list[dict[str, Any]]:
-    """Run a job of these steps without showing anything."""
+def run(*steps: Step | Merge, out: Path, resume: bool = False) -> list[dict[str, Any]]:
+    """Run a job of these steps and merges without showing anything."""
+    trained = tuple(step for step in steps if isinstance(step, Step))
+    merges = tuple(step for step in steps if isinstance(step, Merge))
     console = Console(file=io.StringIO())
-    return run_job(Job(name="job", steps=steps), out, console, resume=resume)
+    return run_job(Job(name="job", steps=trained, merges=merges), out, console, resume=resume)
