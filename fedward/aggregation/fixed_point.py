@@ -133,9 +133,11 @@ def decode(total: Words, grid: Grid) -> npt.NDArray[np.float64]:
         ``(d,)`` float64: the sum of the clipped vectors, to one grid step a vector.
     """
     check_vector(total)
-    values: npt.NDArray[np.float64] = np.multiply(
-        total.view(grid.signed), grid.gamma, dtype=np.float64
-    )
+    values, signed = np.empty(total.shape), total.view(grid.signed)
+    for start in range(0, len(values), _PIECE):
+        piece = values[start : start + _PIECE]
+        np.copyto(piece, signed[start : start + _PIECE])
+        piece *= grid.gamma
     return values
 
 

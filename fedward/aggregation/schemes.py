@@ -16,6 +16,8 @@ from fedward.errors import ProtocolError
 
 Vector = npt.NDArray[np.float32]
 
+_PIECE = 1 << 16
+
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
 """Names and shapes of trainable tensors, in the order of a vector."""
 
@@ -40,7 +42,11 @@ def next_vector(start: Vector, mean: npt.NDArray[np.float64]) -> Vector:
         raise ProtocolError(
             f"expected a float32 vector of shape {mean.shape}, got {start.dtype} of {start.shape}"
         )
-    return (start.astype(np.float64) + mean).astype(np.float32)
+    result = np.empty_like(start)
+    for begin in range(0, start.size, _PIECE):  # whole float64 copies cost more than the sums
+        piece = slice(begin, begin + _PIECE)
+        result[piece] = start[piece].astype(np.float64) + mean[piece]
+    return result
 
 
 def round_layout(layout: Layout, scheme: str, number: int) -> Layout:

@@ -43,7 +43,7 @@ def next_state(
     if moments and tuple(sorted(moments)) != names:
         raise ProtocolError(f"expected the moments {names} of {kind!r}, got {sorted(moments)}")
     if kind == "none":
-        return next_vector(start, rate * mean), {}
+        return next_vector(start, mean if rate == 1.0 else rate * mean), {}
     now = {name: _numbers(moments, name, mean, settings) for name in names}
     first = settings.beta_1 * now["first"]
     first += mean if kind == "momentum" else (1 - settings.beta_1) * mean

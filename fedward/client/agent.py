@@ -333,8 +333,8 @@ class Agent:
             plan, self._roster, committed, task_hash=bytes(32), dimension=rule.words
         )
         words = np.frombuffer(letter.part("sum"), dtype=parameters.grid.dtype)
-        total, _ = unpack(words, parameters)
-        mean = total / parameters.divisor(cohort)
+        mean, _ = unpack(words, parameters)
+        mean /= parameters.divisor(cohort)
         check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
         given = letter.parts.get("adapter")
         published = None if given is None else vector_of(given, rule.trained)

@@ -115,6 +115,15 @@ def test_a_task_that_was_changed_on_the_disk_is_refused(reopen):
         memory.last_task("r")
 
 
+def test_a_task_that_nobody_touched_is_not_read_again(reopen, monkeypatch):
+    memory = reopen()
+    memory.keep_task(FIRST, ADAPTER)
+    monkeypatch.setattr("fedward.client.memory.open_sealed", None)
+    assert memory.last_task("r") == (FIRST, ADAPTER)
+    with pytest.raises(TypeError):
+        reopen().last_task("r")
+
+
 def test_sent_is_spent_in_the_ledger_in_the_same_instant(reopen, ledger):
     memory = reopen()
     ledger.reserve(FIRST)
