@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
@@ -142,7 +143,7 @@ def _write_adapter(folder: Path, version: Version, out: Path) -> int:
     if config.bias != "none" or config.trainable_token_indices or config.target_parameters:
         raise _refuse(version, "vLLM applies LoRA's A and B on linear layers, and nothing else")
     config.base_model_name_or_path = version.base
-    model.save_pretrained(str(out))
+    model.save_pretrained(str(out), save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's form; ours is filled in
     tokenizer.save_pretrained(out)
     return int(config.r)
@@ -184,7 +185,6 @@ def _write_onnx(folder: Path, version: Version, out: Path) -> None:
         if version.kind == "reward":
             raise ConfigurationError(f"{version.title}: a reward model is not exported as ONNX")
         model, tokenizer, _ = open_trained(whole)
-        model.eval()
         model.set_attn_implementation("eager")
         _to_onnx(model, tokenizer, out)
     finally:
@@ -195,15 +195,17 @@ def _to_onnx(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     out.mkdir(parents=True)
     ids = torch.tensor([[3, 4, 5, 6], [6, 5, 4, 3]])
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    program = torch.onnx.export(
-        _Logits(model),
-        (ids, torch.ones_like(ids)),
-        dynamo=True,
-        dynamic_shapes=(free, free),
-        input_names=["input_ids", "attention_mask"],
-        output_names=["logits"],
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's words about itself
+        program = torch.onnx.export(
+            _Logits(model).eval(),
+            (ids, torch.ones_like(ids)),
+            dynamo=True,
+            dynamic_shapes=(free, free),
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            verbose=False,
+        )
     if program is None:
         raise ModelError("torch.onnx gave no program")
     program.save(str(out / "model.onnx"), external_data=True)

@@ -312,6 +312,7 @@ def test_a_job_without_a_registry_cannot_start_from_one(base, tmp_path):
         run_job(job, tmp_path / "out", QUIET)
 
 
+@pytest.mark.slow
 def test_an_exported_graph_gives_the_same_logits(base, registry, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     plan = make_plan(base)
