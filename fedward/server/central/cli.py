@@ -22,6 +22,17 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the job in --out where it stopped.")
     ] = False,
+    registry: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="FEDWARD_REGISTRY",
+            help="Where the models are registered; left out: registry beside --out.",
+        ),
+    ] = None,
+    search: Annotated[
+        Path | None,
+        typer.Option(help="A space (TOML): try many values of the job's keys, keep the best."),
+    ] = None,
     tuners: Annotated[
         bool, typer.Option("--tuners", help="Show stages, tuners and what goes together.")
     ] = False,
@@ -31,6 +42,7 @@ def train(
 
     A job names a stage (sft, reward, dpo, kto, orpo, grpo, rloo, ppo, distill), a tuner
     and the data. It may have several steps that start from what earlier ones made.
+    A model's path may be registry:NAME:NUMBER, and what is trained ends in the registry.
     Interrupt at any time and go on with --resume, to the same weights. Start it by
     torchrun to use several GPUs.
     """
@@ -48,21 +60,48 @@ def train(
         raise ConfigurationError("name a JOB, a TOML file; --tuners shows what it may say")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs; ours shows the whole job
     no_bars_of_datasets()
-    if find_spec("trl") is None:
-        raise ConfigurationError("fedward train needs TRL: pip install 'fedward[central]'")
+    for module in ("trl", "matplotlib"):
+        if find_spec(module) is None:
+            raise ConfigurationError(f"this needs {module}: pip install 'fedward[central]'")
+    if search is not None:
+        _search(job, search, out, resume=resume, json_output=json_output)
+        return
+    from accelerate import PartialState
+
+    from fedward.server.central.curves import write_curves
     from fedward.server.central.running import run_job
+    from fedward.server.registry import Registry
 
     read = load_job(job)
     console = Console(stderr=json_output, quiet=json_output)
-    reports = run_job(read, out or Path("out") / read.name, console, resume=resume)
+    place = out or Path("out") / read.name
+    kept = Registry(registry or place.parent / "registry")
+    reports = run_job(read, place, console, resume=resume, registry=kept)
+    if PartialState().is_main_process:
+        write_curves(place, [step.name for step in read.steps])
     if json_output:
         typer.echo(json.dumps(reports, indent=2))
         return
-    table = Table("step", "stage", "tuner", "steps", "seconds", "loss", "model")
+    table = Table("step", "stage", "tuner", "steps", "seconds", "loss", "model", "version")
     for step in reports:
         shown = [step[key] for key in ("name", "stage", "tuner", "steps", "seconds")]
-        table.add_row(*map(str, shown), f"{step['training_loss']:.4f}", step["model"])
+        end = [step.get(key, "") for key in ("model", "version")]
+        loss = step["training_loss"]  # a merge has none
+        table.add_row(*map(str, shown), "" if loss is None else f"{loss:.4f}", *end)
     console.print(table)
+
+
+def _search(job: Path, space: Path, out: Path | None, *, resume: bool, json_output: bool) -> None:
+    from fedward.server.central.searching import BEST, search, trials_table
+
+    place = out or Path("out") / f"{job.stem}-search"
+    console = Console(stderr=json_output, quiet=json_output)
+    found = search(job, space, place, console, resume=resume)
+    if json_output:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console.print(trials_table(found))
+    console.print(f"fedward train {place / BEST} trains with the best", highlight=False)
 
 
 def predict(
@@ -86,11 +125,12 @@ def predict(
     from transformers.utils.logging import disable_progress_bar
 
     from fedward.server.central.predicting import predict as run
+    from fedward.server.registry import model_folder
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # as above
     console = Console(stderr=json_output, quiet=json_output)
     rows = run(
-        model,
+        model_folder(str(model)),
         data,
         out,
         console,

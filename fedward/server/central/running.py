@@ -10,9 +10,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import PartialState
@@ -25,15 +25,17 @@ from fedward.errors import ConfigurationError, ModelError
 from fedward.plan import Model
 from fedward.server.central.checkpoints import latest
 from fedward.server.central.data import file_digest
-from fedward.server.central.job import STEP, Job, Step
-from fedward.server.central.loading import (
-    Manifest,
-    identity,
-    starting_folder,
-    write_manifest,
-)
+from fedward.server.central.job import STEP, Job, Merge, Step
+from fedward.server.central.keeping import measure
+from fedward.server.central.loading import identity, starting_folder
+from fedward.server.central.manifest import Manifest, write_manifest
+from fedward.server.central.merging import base_of, merge_adapters
 from fedward.server.central.stages import build, kind_of
+from fedward.server.central.tracking import trackers
 from fedward.server.central.validity import check_step
+from fedward.server.registry import REGISTRY, Registry
+from fedward.server.registry_entries import add_trained, pinned
+from fedward.server.registry_version import Parent
 from fedward.tuning.methods import METHODS
 from fedward.tuning.models import fingerprint, resolve_model
 from fedward.tuning.tuners import trainable
@@ -41,7 +43,15 @@ from fedward.tuning.tuners import trainable
 Report = dict[str, Any]
 
 
-def run_job(job: Job, out: Path, console: Console, *, resume: bool = False) -> list[Report]:
+def run_job(
+    job: Job,
+    out: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    registry: Registry | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[Report]:
     """Train every step of a job.
 
     Args:
@@ -50,9 +60,11 @@ def run_job(job: Job, out: Path, console: Console, *, resume: bool = False) -> l
         console: Where progress is shown.
         resume: Go on with what is in ``out``: steps that are done are kept, an interrupted one goes
             on from its last checkpoint to the very weights it would have had.
+        registry: Where ``registry:`` models come from and every step's model goes; None: nowhere.
+        callbacks: Told of every step's training, beside the job's own.
 
     Returns:
-        What each step's ``report.json`` says.
+        What each step's ``report.json`` says, and as ``version`` what the registry calls it.
 
     Raises:
         ConfigurationError: The job, or ``out`` holds another job's work, or some without
@@ -62,17 +74,53 @@ def run_job(job: Job, out: Path, console: Console, *, resume: bool = False) -> l
     """
     for step in job.steps:
         check_step(step)
-    return [_run(step, out, console, resume=resume) for step in job.steps]
+    reports, titles = list[Report](), dict[str, str]()
+    for named in job.order():
+        step: Step | Merge
+        if isinstance(named, Merge):
+            step, adapters = named, [_find(path, out, registry) for path in named.models]
+            report = _merge(named, out, adapters, resume=resume)
+            start = (named.models[0], base_of(out / named.name / "model"))
+        else:
+            step = pinned(named, registry)
+            models = _models(step, out, registry)
+            report = _run(step, out, console, models, callbacks, resume=resume)
+            merged = out / step.name / "start"
+            start = (step.model.path, merged if merged.exists() else models[0])
+        if registry is not None and PartialState().is_main_process:
+            version = add_trained(
+                registry,
+                job.name if len(job.order()) == 1 else f"{job.name}-{step.name}",
+                out / step.name / "model",
+                start=start,
+                parents=_parents(step, registry, titles),
+                metrics={"training_loss": report["training_loss"], **report["evaluation"]},
+            )
+            titles[step.name] = report["version"] = version.title
+        reports.append(report)
+    return reports
 
 
-def _run(step: Step, out: Path, console: Console, *, resume: bool) -> Report:
+_Models: TypeAlias = tuple[Path, Path | None, Path | None]
+"""Where the starting model, the reward model and the teacher of a step are."""
+
+
+def _run(
+    step: Step,
+    out: Path,
+    console: Console,
+    models: _Models,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    resume: bool,
+) -> Report:
     folder = out / step.name
-    start, judge, teacher = _models(step, out)
-    made_from = _made_from(step, [path for path in (start, judge, teacher) if path is not None])
+    start, judge, teacher = models
+    made_from = _made_from(step, [path for path in models if path is not None])
     processes = PartialState(cpu=not torch.cuda.is_available())  # or torchrun's are not seen there
     with processes.main_process_first():
         if processes.is_main_process:
-            _claim(folder, made_from, resume=resume)
+            claim(folder, made_from, resume=resume)
         report = folder / "report.json"
         if report.exists():
             done: Report = json.loads(report.read_bytes())
@@ -84,11 +132,14 @@ def _run(step: Step, out: Path, console: Console, *, resume: bool) -> Report:
     began = time.monotonic()
     with progress:
         watch = _Watch(folder / "log.jsonl", progress, progress.add_task(step.name, total=None))
+        told = [watch, *trackers(step.log, folder.parent, step.name), *callbacks]
         trainer = build(
-            step, base, folder / "checkpoints", judge=judge, teacher=teacher, callbacks=[watch]
+            step, base, folder / "checkpoints", judge=judge, teacher=teacher, callbacks=told
         )
+        before = measure(trainer)
         checkpoint = latest(folder / "checkpoints")
         result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        kept = {"before": before, "after": measure(trainer)} if before else {}
         metrics = trainer.evaluate() if step.data.evaluation is not None else {}
     if not math.isfinite(result.training_loss):
         raise ModelError(f"{step.name}: the loss is {result.training_loss}: lower learning_rate")
@@ -102,6 +153,7 @@ def _run(step: Step, out: Path, console: Console, *, resume: bool) -> Report:
         "trained_parameters": sum(p.numel() for p in trainable(trainer.model).values()),
         "training_loss": result.training_loss,
         "evaluation": metrics,
+        "kept": kept,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "model": str(folder / "model"),
     }
@@ -111,26 +163,61 @@ def _run(step: Step, out: Path, console: Console, *, resume: bool) -> Report:
     return written
 
 
-def _models(step: Step, out: Path) -> tuple[Path, Path | None, Path | None]:
-    """Where the starting model, the reward model and the teacher of a step are."""
+def _merge(merge: Merge, out: Path, models: list[Path], *, resume: bool) -> Report:
+    folder, began = out / merge.name, time.monotonic()
+    made_from = _made_from(merge, models)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with processes.main_process_first():
+        if processes.is_main_process:
+            claim(folder, made_from, resume=resume)
+        report = folder / "report.json"
+        if not report.exists():
+            job = digest("made from", canonical_json(dict(made_from))).hex()
+            merge_adapters(merge, models, folder / "model", job)
+            written: Report = {
+                "name": merge.name,
+                "stage": "merge",
+                "tuner": merge.how,
+                "steps": 0,
+                "seconds": round(time.monotonic() - began, 2),
+                "training_loss": None,
+                "evaluation": {},
+                "model": str(folder / "model"),
+            }
+            _replace(report, json.dumps(written, indent=2) + "\n")
+    done: Report = json.loads(report.read_bytes())
+    return done
 
-    def find(path: str) -> Path:
-        if path.startswith(STEP):
-            return out / path.removeprefix(STEP) / "model"
-        return resolve_model(Model(path=path))
 
+def _parents(step: Step | Merge, registry: Registry, titles: Mapping[str, str]) -> list[Parent]:
+    """The versions that a step learned from, its start first."""
+    found = [titles.get(path.removeprefix(STEP), path) for path in step.needs()]
+    named = [path for path in found if path.startswith(REGISTRY) or path in titles.values()]
+    return [registry.parent(path) for path in named]
+
+
+def _find(path: str, out: Path, registry: Registry | None) -> Path:
+    """Where a model is that a job names."""
+    if path.startswith(STEP):
+        return out / path.removeprefix(STEP) / "model"
+    if registry is not None and path.startswith(REGISTRY):
+        return registry.path(path)
+    return resolve_model(Model(path=path))
+
+
+def _models(step: Step, out: Path, registry: Registry | None) -> _Models:
     judge = None if step.reward is None else step.reward.path
     return (
-        find(step.model.path),
-        None if judge is None else find(judge),
-        None if step.teacher is None else find(step.teacher),
+        _find(step.model.path, out, registry),
+        None if judge is None else _find(judge, out, registry),
+        None if step.teacher is None else _find(step.teacher, out, registry),
     )
 
 
-def _made_from(step: Step, models: list[Path]) -> dict[str, str]:
+def _made_from(step: Step | Merge, models: list[Path]) -> dict[str, str]:
     """Digests of all that decides what a step gives."""
     fields = canonical_json(json.loads(json.dumps(dataclasses.asdict(step))))
-    files = [path for path in (step.data.train, step.data.evaluation) if path is not None]
+    files = step.files() if isinstance(step, Step) else []
     return {
         "step": digest("step", fields).hex(),
         **{f"data {name}": file_digest(Path(name)) for name in files},
@@ -138,8 +225,17 @@ def _made_from(step: Step, models: list[Path]) -> dict[str, str]:
     }
 
 
-def _claim(folder: Path, made_from: Mapping[str, str], *, resume: bool) -> None:
-    """Make a step's folder, or check that it holds this very step's work."""
+def claim(folder: Path, made_from: Mapping[str, str], *, resume: bool) -> None:
+    """Make a folder for some work, or check that it holds this very work.
+
+    Args:
+        folder: Gets ``step.json``.
+        made_from: Name to digest of all that decides the work.
+        resume: Whether work that is there may go on.
+
+    Raises:
+        ConfigurationError: It may not, or it is other work.
+    """
     path = folder / "step.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +281,7 @@ def save_trained(
         Manifest(
             kind=kind_of(step),
             stage=step.stage,
-            method=step.tuner.method,
+            method="full" if method.config is None else step.tuner.method,
             quantize=step.model.quantize,
             base=f"../{base.name}" if near else str(base),
             base_sha256=fingerprint(base),

@@ -40,6 +40,7 @@ _FOLLOWS = (
     "model_init_kwargs",
     "output_dir",
     "quantization_config",
+    "report_to",
     "resume_from_checkpoint",
     "seed",
     "teacher_model_init_kwargs",
@@ -47,8 +48,6 @@ _FOLLOWS = (
 )
 _ELSEWHERE = ("hub_", "push_to_hub", "trackio", "vllm_server", "log_completions_hub")
 """Beginnings of keys that would send something away."""
-
-_REPORTS = ("none", "tensorboard", "mlflow")
 
 
 def load_class(stage: Stage, which: Literal["config", "trainer"]) -> Any:  # noqa: ANN401  # TRL's
@@ -76,7 +75,6 @@ def settings(step: Step, folder: Path) -> Any:  # noqa: ANN401  # TRL's class of
     usual: dict[str, Any] = {
         "bf16": quantised or (cuda and torch.cuda.is_bf16_supported()),
         "dataloader_pin_memory": cuda,
-        "report_to": "none",
         "use_cpu": not cuda,  # or bfloat16 is refused there
         "save_total_limit": 2,
     }
@@ -84,6 +82,7 @@ def settings(step: Step, folder: Path) -> Any:  # noqa: ANN401  # TRL's class of
         usual |= {"eval_strategy": "epoch", "save_strategy": given.get("eval_strategy", "epoch")}
     fixed = {
         "output_dir": str(folder),
+        "report_to": "none",  # [log] has callbacks of its own
         "seed": step.seed,
         "disable_tqdm": True,
         "activation_checkpointing": step.model.gradient_checkpointing,
@@ -115,10 +114,6 @@ def _check(given: Mapping[str, Any], cls: Any) -> None:  # noqa: ANN401  # TRL's
         if kinds and type(value) not in kinds:
             words = " or ".join(sorted(kind.__name__ for kind in kinds))
             raise InvalidValue(f"[train] {key}", value, f"a value of type {words}")
-    reports = given.get("report_to", "none")
-    for name in [reports] if isinstance(reports, str) else reports:
-        if name not in _REPORTS:
-            raise InvalidValue("[train] report_to", name, f"one of {', '.join(_REPORTS)}")
 
 
 def _plain(hint: Any) -> set[type]:  # noqa: ANN401  # a type
