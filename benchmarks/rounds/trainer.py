@@ -1,6 +1,6 @@
 """The trainer process of one site, with a fixed update in place of a training.
 
-The real service on the real socket: the adapter comes in twice, as always, and the update goes out.
+The real service on the real socket: the adapter comes in, as always, and the update goes out.
 """
 
 import os

@@ -5,6 +5,7 @@ left it, so the reservation that the ledger holds serves the new one (DESIGN §3
 """
 
 import logging
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -55,6 +56,13 @@ _ERRORS: Mapping[int, tuple[type[FedwardError], str]] = {
 _LOST = {grpc.StatusCode.DEADLINE_EXCEEDED: "it took longer than the plan's deadline"}
 
 
+class _Forgotten(ModelError):
+    """The trainer was started anew, and has not the adapter that the request means."""
+
+    def __init__(self) -> None:
+        super().__init__("the trainer has not the adapter that it was sent")
+
+
 class RemoteTrainer:
     """The :class:`~fedward.client.training.Trainer` of another process.
 
@@ -82,6 +90,7 @@ class RemoteTrainer:
     ) -> None:
         self._address, self._process, self._source = f"unix:{socket}", process, source
         self._on_progress, self._start_seconds = on_progress, start_seconds
+        self._kept: tuple[bytes, bytes] | None = None  # by the trainer: a name and its adapter
 
     def prepare(self, request: TrainRequest) -> None:
         """See :meth:`fedward.client.training.Trainer.prepare`."""
@@ -89,7 +98,10 @@ class RemoteTrainer:
         def read(answers: Iterator[wire.Answer]) -> None:
             self._next(answers, "done")
 
-        self._ask(lambda stub: stub.Prepare, _task(request), request.adapter, request.plan, read)
+        task = _task(request)
+        self._kept, task.keep = None, secrets.token_bytes(16)
+        self._ask(lambda stub: stub.Prepare, task, request.adapter, request.plan, read)
+        self._kept = task.keep, request.adapter
 
     def train(self, request: TrainRequest) -> TrainResult:
         """See :meth:`fedward.client.training.Trainer.train`."""
@@ -103,9 +115,10 @@ class RemoteTrainer:
                 slots=self._vector(answers, wire.TYPE_FLOAT64, slots, np.dtype("<f8")),
             )
 
-        return self._ask(
-            lambda stub: stub.Train, _task(request), request.adapter, request.plan, read
-        )
+        task, kept, self._kept = _task(request), self._kept, None
+        if kept is not None and kept[1] is request.adapter:
+            task.kept = kept[0]  # it is there already
+        return self._ask(lambda stub: stub.Train, task, request.adapter, request.plan, read)
 
     def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
         """See :meth:`fedward.client.training.Trainer.evaluate`."""
@@ -143,7 +156,8 @@ class RemoteTrainer:
         """One request and its answer, once more if the trainer dies over it."""
         task.adapter_bytes = len(adapter)
         task.dataset, task.source = self._source(plan)
-        for tries_left in (1, 0):
+        tries_left = 2
+        while tries_left:
             self._wait()
             with grpc.insecure_channel(self._address, options=OPTIONS) as channel:
                 stub = rpc.TrainerStub(channel)  # type: ignore[no-untyped-call]  # generated
@@ -152,8 +166,12 @@ class RemoteTrainer:
                 answers = method(stub)(_asked(task, adapter), timeout=deadline)
                 try:
                     return read(answers)
+                except _Forgotten:
+                    task.kept = b""
+                    continue
                 except grpc.RpcError:
                     code: grpc.StatusCode = answers.code()
+            tries_left -= 1
             if self._process is not None:
                 self._process.kill()  # dead, or of no more use
             if code != grpc.StatusCode.UNAVAILABLE:
@@ -202,6 +220,8 @@ class RemoteTrainer:
                     self._on_progress(answer.progress.step)
                 continue
             if kind == "failure":
+                if answer.failure == wire.FAILURE_FORGOTTEN:
+                    raise _Forgotten
                 error, text = _ERRORS.get(answer.failure, (ModelError, "for no known reason"))
                 raise error(f"the trainer gave no result: {text}; its log says more")
             if kind != expected:
@@ -246,7 +266,7 @@ def _task(request: TrainRequest) -> wire.Task:
 
 def _asked(task: wire.Task, adapter: bytes) -> Iterator[wire.Asked]:
     yield wire.Asked(task=task)
-    for start in range(0, len(adapter), PART_BYTES):
+    for start in range(0, 0 if task.kept else len(adapter), PART_BYTES):
         yield wire.Asked(adapter=adapter[start : start + PART_BYTES])
 
 

@@ -23,6 +23,7 @@ class Failure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_BUSY: _ClassVar[Failure]
     FAILURE_CANCELLED: _ClassVar[Failure]
     FAILURE_REQUEST: _ClassVar[Failure]
+    FAILURE_FORGOTTEN: _ClassVar[Failure]
 
 class Activity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -43,6 +44,7 @@ FAILURE_LIBRARY: Failure
 FAILURE_BUSY: Failure
 FAILURE_CANCELLED: Failure
 FAILURE_REQUEST: Failure
+FAILURE_FORGOTTEN: Failure
 ACTIVITY_UNSPECIFIED: Activity
 ACTIVITY_IDLE: Activity
 ACTIVITY_PREPARING: Activity
@@ -58,7 +60,7 @@ class Asked(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., adapter: _Optional[bytes] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes", "dataset", "source")
+    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes", "dataset", "source", "keep", "kept")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +71,8 @@ class Task(_message.Message):
     ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     plan: bytes
     run: str
     round: int
@@ -79,7 +83,9 @@ class Task(_message.Message):
     adapter_bytes: int
     dataset: str
     source: bytes
-    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ..., dataset: _Optional[str] = ..., source: _Optional[bytes] = ...) -> None: ...
+    keep: bytes
+    kept: bytes
+    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ..., dataset: _Optional[str] = ..., source: _Optional[bytes] = ..., keep: _Optional[bytes] = ..., kept: _Optional[bytes] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("failure", "progress", "vector", "part", "scores", "done")

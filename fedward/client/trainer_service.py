@@ -58,8 +58,13 @@ class _Stopped(FedwardError):
     """The agent gave the task up, or went away."""
 
 
+class _Forgotten(ProtocolError):
+    """A request means an adapter that this process was not sent."""
+
+
 _FAILURES: tuple[tuple[type[FedwardError], wire.Failure], ...] = (
     (_Stopped, wire.FAILURE_CANCELLED),
+    (_Forgotten, wire.FAILURE_FORGOTTEN),
     (ProtocolError, wire.FAILURE_REQUEST),
     (ConfigurationError, wire.FAILURE_PLAN),
     (PolicyRefusal, wire.FAILURE_PLAN),
@@ -87,6 +92,7 @@ class TrainerService(rpc.TrainerServicer):
         self._turn, self._patience = threading.Lock(), patience
         self._stop, self._said = threading.Event(), queue.Queue[wire.Answer | None]()
         self._activity, self._step = wire.ACTIVITY_IDLE, 0
+        self._kept: tuple[bytes, bytes] | None = None
 
     def Prepare(
         self, request_iterator: Iterator[wire.Asked], context: grpc.ServicerContext
@@ -212,7 +218,15 @@ class TrainerService(rpc.TrainerServicer):
         )
         layout = layout_from_bytes(task.layout)
         trainer = self._trainer(plan, task)
-        adapter = _adapter(asked, task, len(trainer.tuned(plan).start))
+        kept, self._kept = self._kept, None
+        if not task.kept:
+            adapter = _adapter(asked, task, len(trainer.tuned(plan).start))
+        elif kept is not None and kept[0] == task.kept and len(kept[1]) == task.adapter_bytes:
+            adapter = kept[1]
+        else:
+            raise _Forgotten("a request means an adapter that this process does not keep")
+        if task.keep:
+            self._kept = task.keep, adapter
         failpoints.hit("trainer.asked")
         return trainer, TrainRequest(
             plan=plan, attempt=attempt, draw=task.draw, adapter=adapter, layout=layout

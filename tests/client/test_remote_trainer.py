@@ -1,5 +1,6 @@
 """A trainer behind a socket is the trainer of this process, bit for bit, and may die."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent import futures
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedward.attempt import Attempt
+from fedward.client import remote_trainer
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
 from fedward.client.remote_trainer import RemoteTrainer
@@ -18,6 +20,7 @@ from fedward.client.training import TrainRequest
 from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.plan import Metrics, Plan
 from fedward.tuning.tuned import tuned_model
+from fedward.tuning.vector import replace_vector
 from tests.simulations import tiny
 
 
@@ -71,6 +74,46 @@ def test_an_update_crosses_the_socket_bit_for_bit(base, remote):
         assert len(theirs.slots) == 3
     adapter = tuned_model(plan).start
     assert here.evaluate(plan, adapter) == there.evaluate(plan, adapter)
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """How many parts of an adapter each request had."""
+    counts, asked = list[int](), remote_trainer._asked
+
+    def count(task: wire.Task, adapter: bytes) -> Iterator[wire.Asked]:
+        counts.append(0)
+        for part in asked(task, adapter):
+            counts[-1] += part.WhichOneof("kind") == "adapter"
+            yield part
+
+    monkeypatch.setattr(remote_trainer, "_asked", count)
+    return counts
+
+
+def test_an_adapter_that_was_prepared_is_not_sent_again(base, remote, sent):
+    plan = tiny.make_plan(base)
+    expected = local().train(request(plan)).update.tobytes()
+    remote.prepare(request(plan))
+    assert remote.train(request(plan)).update.tobytes() == expected
+    assert sent == [1, 0]
+    remote.train(request(plan))  # the trainer has given it back
+    remote.prepare(request(plan))
+    changed = request(plan, 2)
+    other = replace_vector(changed.adapter, changed.layout, np.zeros(len(expected) // 4, "f4"))
+    remote.train(dataclasses.replace(changed, adapter=other))
+    assert sent == [1, 0, 1, 1, 1]
+
+
+def test_a_trainer_that_was_started_anew_gets_the_adapter_again(base, socket, sent):
+    plan, remote = tiny.make_plan(base), RemoteTrainer(socket, start_seconds=5)
+    expected = local().train(request(plan)).update.tobytes()
+    for step in (lambda: remote.prepare(request(plan)), lambda: remote.train(request(plan))):
+        server = serve(socket, lambda plan, dataset, on_step: local(on_step))
+        found = step()
+        server.stop(None).wait()
+    assert found.update.tobytes() == expected
+    assert sent == [1, 0, 1]
 
 
 def test_a_vector_of_many_parts_arrives_whole(base, remote, monkeypatch):

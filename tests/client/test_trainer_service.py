@@ -106,6 +106,17 @@ def test_what_each_call_answers(plan, start):
     assert stub.Status(wire.StatusRequest()).activity == wire.ACTIVITY_IDLE
 
 
+def test_an_adapter_is_kept_under_its_name_for_one_training(plan, start):
+    stub = start(make)
+    assert kinds(stub.Prepare(asked(plan, keep=b"a"))) == ["done"]
+    named = [*asked(plan, kept=b"a")][:1]  # no part follows
+    assert kinds(stub.Train(iter(named))) == ["vector", "part", "vector"]
+    assert failure(stub.Train(iter(named))) == "FAILURE_FORGOTTEN"
+    for changes in ({"kept": b"b"}, {"kept": b"a", "adapter_bytes": 1}):
+        assert kinds(stub.Prepare(asked(plan, keep=b"a"))) == ["done"]
+        assert failure(stub.Train(iter([*asked(plan, **changes)][:1]))) == "FAILURE_FORGOTTEN"
+
+
 def test_only_the_owner_reaches_the_socket(plan, sockets, start):
     start(make)
     assert (sockets / "t.sock").stat().st_mode & 0o777 == 0o600
