@@ -51,6 +51,7 @@ _LOG = logging.getLogger(__name__)
 _BEAT_SECONDS = 10.0
 _LONGEST_POLL = 0.5
 _DELIVERIES = 3
+_DROPPED = "dropped by Flower"  # in the place of an activation: no site has said hello then
 
 
 def open_states(database: Path) -> LinkStateFactory:
@@ -276,11 +277,16 @@ class LinkGrid(Grid):
         now, away = time.monotonic(), dict[str, Message]()
         for reply in replies:
             number = reply.metadata.reply_to_message_id
-            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+            code = reply.error.code if reply.has_error() else None
+            again = code == ErrorCode.MESSAGE_UNAVAILABLE and asked[number].deliveries < _DELIVERIES
+            if code == ErrorCode.NODE_UNAVAILABLE:
                 away[number] = reply
-                self._state.object_store.delete(reply.metadata.message_id)  # made at every look
+            elif again:
+                asked[number].activation = _DROPPED
             else:
                 asked[number].reply = reply
+                continue
+            self._state.object_store.delete(reply.metadata.message_id)  # made at every look
         missing = {number for number in waiting if asked[number].reply is None}
         if missing != away.keys():
             self._only_away_since = None
@@ -291,7 +297,11 @@ class LinkGrid(Grid):
                     asked[number].reply = reply
 
     def _redeliver(self, asked: Mapping[str, _Pending]) -> None:
-        """Send again what a site that started anew has lost: it answers the same letter alike."""
+        """Send again what a site that started anew has lost: it answers the same letter alike.
+
+        And what Flower has dropped. When a site confirms a message, its pieces are deleted; if it
+        had been sent again meanwhile, the second copy then has none, and Flower forgets it.
+        """
         activations = self._activations()
         for number, pending in asked.items():
             now = activations.get(pending.message.metadata.dst_node_id, "")

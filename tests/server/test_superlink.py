@@ -210,6 +210,22 @@ def test_a_site_that_restarts_gets_its_message_again(house):
     assert data_of(reply) == b"x"
 
 
+def test_a_message_that_flower_has_dropped_is_sent_again(house):
+    """Its second copy has no pieces, because the site has confirmed the first one meanwhile."""
+    node = Node(node_id=house.nodes[0])
+    with house.grid() as grid:
+        client = house.activate(0)
+        (number,) = grid.push_messages([letter(grid, house.nodes[0], b"x")])
+        house.state.object_store.delete(number)
+        assert not client.PullMessages(PullMessagesRequest(node=node)).messages_list
+
+        def has_come() -> bool:
+            assert not list(grid.pull_messages([number]))
+            return bool(client.PullMessages(PullMessagesRequest(node=node)).messages_list)
+
+        wait_for(has_come)
+
+
 def test_a_site_that_stays_away_counts_as_unavailable_after_the_grace(house):
     client = house.activate(1)
     client.DeactivateNode(DeactivateNodeRequest(node_id=house.nodes[1]))
