@@ -27,7 +27,6 @@ from fedward.server.central.manifest import (
     Kind,
     Manifest,
     read_manifest,
-    write_manifest,  # noqa: F401  # running.py takes it from here until it is next committed
 )
 from fedward.tuning.adapter import from_bytes, load_adapter
 from fedward.tuning.bottleneck import put_behind
