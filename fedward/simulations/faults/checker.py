@@ -100,7 +100,10 @@ def _spent(world: World, _: list[Event]) -> Iterator[str]:
             yield f"site-{left.site} sent an update in {left.attempt.order}, not spent before"
     for site in world.sites:
         spent = site.sent()
-        if len(set(spent)) != len(spent) or len(spent) > ground.POLICY.max_rounds:
+        if (
+            len(set(spent)) != len(spent)
+            or len(spent) > world.plan.rounds.count + world.plan.rounds.spare
+        ):
             yield f"site-{site.number} settled {spent}"
         outputs = {left.attempt.order for left in _masked(world) if left.site == site.number}
         if not outputs <= set(spent):
@@ -114,7 +117,7 @@ def _counted_once(world: World, events: list[Event]) -> Iterator[str]:
     sent = {(left.site, left.attempt.order) for left in _masked(world)}
     for attempt, facts in world.watch.committed():
         cohort = facts["cohort"]
-        if cohort != sorted(set(cohort)) or len(cohort) < ground.PLAN.cohort.minimum:
+        if cohort != sorted(set(cohort)) or len(cohort) < world.plan.cohort.minimum:
             yield f"round {attempt.round} was summed over {cohort}"
         absent = [site for site in cohort if (site, attempt.order) not in sent]
         if absent:
@@ -137,7 +140,7 @@ def _without_faults(
     world: World, attempt: Attempt, cohort: list[int], adapter: bytes
 ) -> tuple[bytes, bytes]:
     """The next adapter and the sum's words, from the sites' keys."""
-    plan, length = ground.PLAN, dimension(ground.LAYOUT)
+    plan, length = world.plan, dimension(ground.LAYOUT)
     hashed = task_hash(adapter, plan.hash(), plan.aggregation.scheme)
     parameters = planned_session(plan, ground.ROSTER, attempt, task_hash=hashed, dimension=length)
     total = np.zeros(parameters.words, dtype=parameters.grid.dtype)
@@ -170,7 +173,7 @@ def _ended(world: World, events: list[Event]) -> Iterator[str]:
     if late > HEALING_SECONDS:
         yield f"the run ended {late:.0f} s after the last fault"
     committed = sum(e.phase is Phase.COMMITTED for e in events)
-    whole = (state, committed) == (RunState.FINISHED, ground.PLAN.rounds.count)
+    whole = (state, committed) == (RunState.FINISHED, world.plan.rounds.count)
     if not whole and not world.watch.out_of_budget():
         yield f"the run is {state} after {committed} rounds, and sites have budget left"
 

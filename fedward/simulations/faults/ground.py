@@ -10,31 +10,35 @@ from fedward.simulations.faults.schedule import SITES
 from fedward.tuning.vector import Layout, dimension, replace_vector
 
 RUN = "laboratory"
-DEADLINE = 10.0
-"""Virtual seconds of one exchange."""
 
 _DIGEST = "a" * 64
 
-PLAN = Plan(
-    name="laboratory",
-    model=Model(path="none", sha256=_DIGEST),
-    data=Data(unit="patient"),
-    rounds=Rounds(
-        count=2,
-        spare=2,
-        steps=1,
-        sampling_rate=1.0,
-        normaliser=1.0,
-        learning_rate=1.0,
-        deadline=f"{DEADLINE:.0f}s",
-    ),
-    cohort=Cohort(minimum=3, colluders=1),
-    privacy=Privacy(epsilon=8.0, delta=1e-5),
-)
+
+def make_plan(count: int = 2, spare: int = 2) -> Plan:
+    """The laboratory's plan with so many rounds, and so many lost ones that may be repeated."""
+    return Plan(
+        name="laboratory",
+        model=Model(path="none", sha256=_DIGEST),
+        data=Data(unit="patient"),
+        rounds=Rounds(
+            count=count,
+            spare=spare,
+            steps=1,
+            sampling_rate=1.0,
+            normaliser=1.0,
+            learning_rate=1.0,
+            deadline="10s",
+        ),
+        cohort=Cohort(minimum=3, colluders=1),
+        privacy=Privacy(epsilon=8.0, delta=1e-5),
+    )
+
+
+PLAN = make_plan()
 POLICY = Policy(
     max_epsilon=8.0,
     delta=1e-5,
-    max_rounds=4,
+    max_rounds=1000,
     models=(_DIGEST,),
     minimum=3,
     colluders=1,

@@ -128,17 +128,24 @@ def _at_a_point(rng: np.random.Generator) -> list[Fault]:
         kind=kinds[rng.integers(len(kinds))],
         party=party,
         point=point,
-        visit=int(rng.integers(1, _VISITS.get(room, 3) + 1)),
+        visit=int(rng.integers(1, _VISITS.get(point, 2) + 1)),
         seconds=_seconds(rng),
     )
     if point != "chain.cut":
         return [fault]
     torn = Fault(kind=Kind.POWER, party=site, point="chain.sync", visit=int(rng.integers(1, 12)))
-    return [torn, Fault(**{**vars(fault), "visit": 1})]  # there is a torn line to cut off
+    return [torn, fault]  # there is a torn line to cut off
 
 
-_VISITS = {"chain": 15, "session": 6, "agent": 4, "store": 30, "file": 4, "journal": 12, "book": 2}
-"""So that faults fall anywhere in a run: how often a failpoint is passed in two rounds, about."""
+_VISITS = {
+    **dict.fromkeys(("chain.open", "chain.opened", "session.masked", "trainer.asked"), 3),
+    **dict.fromkeys(("chain.write", "chain.sync", "chain.written", "store.recorded"), 15),
+    **dict.fromkeys(("store.record", "store.commit", "journal.record", "journal.recorded"), 15),
+    **dict.fromkeys(("agent.letter", "agent.acted", "agent.answered", "session.advanced"), 12),
+    **dict.fromkeys(("round.asked", "round.answered", "round.closed", "ledger.written"), 8),
+    **dict.fromkeys(("chain.cut", "ledger.run"), 1),
+}
+"""So that a fault falls anywhere in a run: about how often a failpoint is passed in two rounds."""
 
 
 def _seconds(rng: np.random.Generator) -> float:

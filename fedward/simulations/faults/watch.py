@@ -14,6 +14,7 @@ from fedward.client.pulse import FRESH_SECONDS
 from fedward.client.status import site_status
 from fedward.errors import FedwardError
 from fedward.messages import open_letter
+from fedward.plan import Plan
 from fedward.privacy.ledger import read_books
 from fedward.server.runs import RunBook, RunState
 from fedward.server.store import Event, Phase, RunStore
@@ -34,13 +35,19 @@ class Watch:
         clock: Virtual time.
         coordinator: The coordinator's folder.
         sites: All hospitals.
+        plan: The run's.
     """
 
     def __init__(
-        self, history: History, clock: VirtualClock, coordinator: Path, sites: Sequence[Hospital]
+        self,
+        history: History,
+        clock: VirtualClock,
+        coordinator: Path,
+        sites: Sequence[Hospital],
+        plan: Plan,
     ) -> None:
         self._history, self._clock = history, clock
-        self._coordinator, self._sites = coordinator, sites
+        self._coordinator, self._sites, self._plan = coordinator, sites, plan
         self._committed = list[tuple[Attempt, Mapping[str, Any]]]()
         self.logs = _Logs(history)
         """Takes every line of the log."""
@@ -141,14 +148,14 @@ class Watch:
 
     def out_of_budget(self) -> bool:
         """Whether so few sites have a reservation left that no sum can come about."""
-        able = 0
+        able, rounds = 0, self._plan.rounds
         for site in self._sites:
             path, key = site.folder.ledger, ground.ROSTER.key(site.number)
             epsilon, delta = ground.POLICY.max_epsilon, ground.POLICY.delta
             books = read_books(path, key, epsilon=epsilon, delta=delta)
             known = ground.RUN in books.runs
-            able += not known or books.spent(ground.RUN) < ground.POLICY.max_rounds
-        return able < ground.PLAN.cohort.minimum
+            able += not known or books.spent(ground.RUN) < rounds.count + rounds.spare
+        return able < self._plan.cohort.minimum
 
     def _search(self, data: bytes, where: str) -> None:
         if CANARY.encode() in data:

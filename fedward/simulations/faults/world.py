@@ -24,6 +24,7 @@ from fedward.canonical import Json
 from fedward.client.pulse import FRESH_SECONDS
 from fedward.client.site_folder import SiteFolder
 from fedward.errors import FedwardError
+from fedward.plan import Plan
 from fedward.server.rounds import RoundEngine
 from fedward.server.runs import RunBook, RunState
 from fedward.server.store import Phase, RunStore
@@ -33,7 +34,7 @@ from fedward.simulations.faults.disk import RenamedFiles
 from fedward.simulations.faults.history import History
 from fedward.simulations.faults.hospital import BEAT_SECONDS, Hospital, new_context
 from fedward.simulations.faults.network import BadNetwork
-from fedward.simulations.faults.schedule import AT_A_MESSAGE, COORDINATOR, SITES, Fault, Kind
+from fedward.simulations.faults.schedule import COORDINATOR, SITES, Fault, Kind
 from fedward.simulations.faults.watch import CANARY, Watch
 
 _WRITES = frozenset({"chain.write", "file.write", "store.record", "book.change"})
@@ -42,7 +43,7 @@ _PATIENCE_SECONDS = 300.0
 _RESTART_SECONDS = 3.0
 _OPERATOR_SECONDS = 20.0
 _MOST_STARTS = 20
-_MOST_RESUMES = 4
+_MOST_RESUMES = 4  # in one round
 
 
 class Killed(BaseException):
@@ -63,16 +64,17 @@ class World:
     Args:
         folder: New; everything of all parties lies below it.
         seed: Decides delays and what a power loss takes.
+        plan: The run's.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, plan: Plan = ground.PLAN) -> None:
         self._rng = np.random.default_rng([seed, 1])
-        self.clock, self.history, self.root = VirtualClock(), History(), folder
-        self.faults = list[Fault]()
-        self._visits = list[int]()
+        self.clock, self.history, self.root, self.plan = VirtualClock(), History(), folder, plan
+        self._armed, self._visits = list[Fault](), list[int]()
         self._parties, self._letter = [COORDINATOR], ("", 0)
         self._full: dict[str, float] = {}
-        self._late, self._trainer_died, self._resumes = 0.0, False, 0
+        self._late, self._trainer_died = 0.0, False
+        self._resumes = self._committed = 0
         self.sites = [
             Hospital(
                 site,
@@ -84,7 +86,7 @@ class World:
             )
             for site in range(SITES)
         ]
-        self.watch = Watch(self.history, self.clock, folder / COORDINATOR, self.sites)
+        self.watch = Watch(self.history, self.clock, folder / COORDINATOR, self.sites, plan)
         self._blobs = RenamedFiles(folder / COORDINATOR / "blobs", self._rng)
         self.network = BadNetwork(
             self.clock,
@@ -95,15 +97,19 @@ class World:
             lateness=lambda _: self._late,
         )
         book = RunBook(folder / COORDINATOR, clock=self.clock.unix)
-        book.submit(ground.RUN, ground.PLAN, ground.START, ground.LAYOUT)
+        book.submit(ground.RUN, plan, ground.START, ground.LAYOUT)
         self.clock.after(0.0, self._tick)
         for site in range(SITES):
             self.clock.after(0.0, partial(self._start, site))
 
     def arm(self, fault: Fault) -> None:
         """Let a fault happen at its next occasion."""
-        self.faults.append(fault)
+        self._armed.append(fault)
         self._visits.append(0)
+
+    def live_for(self, events: int) -> None:
+        """Let the coordinator be killed after so many more events."""
+        self.arm(Fault(kind=Kind.KILL, party=COORDINATOR, point="store.recorded", visit=events))
 
     def run(self) -> History:
         """Go on until the run has ended, with an operator who resumes it when it is paused."""
@@ -161,9 +167,11 @@ class World:
     def _coordinate(self) -> bool:
         book = RunBook(self.root / COORDINATOR, clock=self.clock.unix)
         if book.state(ground.RUN) is RunState.PAUSED:
-            if self.watch.out_of_budget() or self._resumes == _MOST_RESUMES:
+            committed = len(self.watch.committed())
+            self._resumes = self._resumes + 1 if committed == self._committed else 1
+            self._committed = committed
+            if self.watch.out_of_budget() or self._resumes > _MOST_RESUMES:
                 return True
-            self._resumes += 1
             self.clock.sleep(_OPERATOR_SECONDS)
             self.say("operator: starts the sites again and resumes the run")
             for site in range(SITES):
@@ -201,7 +209,7 @@ class World:
         """Before an attempt the coordinator waits for its sites; the rest is for the history."""
         where = f"round {attempt.round}, attempt {attempt.attempt}"
         if phase is Phase.STARTED:
-            now, minimum, there = self.clock.monotonic(), ground.PLAN.cohort.minimum, 0
+            now, minimum, there = self.clock.monotonic(), self.plan.cohort.minimum, 0
             while there < SITES:
                 there = len(list(self.network.get_node_ids()))
                 waited = self.clock.monotonic() - now
@@ -243,16 +251,18 @@ class World:
     def _due(self, party: str, point: str, stage: str, number: int) -> list[Fault]:
         """The armed faults whose occasion this is."""
         due = list[Fault]()
-        for place, fault in enumerate(self.faults):
+        for place, fault in enumerate(self._armed):
             if (
                 (fault.party, fault.point) == (party, point)
                 and fault.stage in ("", stage)
                 and fault.round in (0, number)
-                and (point or fault.kind in AT_A_MESSAGE)
             ):
                 self._visits[place] += 1
                 if self._visits[place] == fault.visit:
                     due.append(fault)
+        for fault in due:
+            place = self._armed.index(fault)
+            del self._armed[place], self._visits[place]
         return due
 
     def _fire(self, fault: Fault) -> None:

@@ -74,9 +74,7 @@ class Laboratory(RuleBasedStateMachine):
     @precondition(lambda self: not self.ended)
     @rule(events=st.integers(1, 40))
     def the_coordinator_lives_for(self, events):
-        self.world.arm(
-            Fault(kind=Kind.KILL, party=COORDINATOR, point="store.recorded", visit=events)
-        )
+        self.world.live_for(events)
         with self.world.at_work():
             self.ended = self.world.go()
 
