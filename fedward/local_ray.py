@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,14 +35,16 @@ def local_ray(workers: int, needed_by: str) -> Iterator[Any]:
             f"{needed_by} needs Ray: pip install 'fedward[ray]', or leave {needed_by} out"
         ) from error
     try:
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": _THREADS},
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": _THREADS},
+            )
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigurationError(f"Ray does not start: {error}") from error
     try:

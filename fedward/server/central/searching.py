@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -142,6 +143,7 @@ def _tune(asked: Search, folders: Sequence[Path]) -> None:
     except ImportError as error:
         raise ConfigurationError("--search needs pip install 'fedward[search]'") from error
     with local_ray(asked.workers, "--search"), tempfile.TemporaryDirectory() as place:
+        gpus = torch.cuda.device_count()
         scheduler = ASHAScheduler(
             time_attr="evaluations",
             max_t=2**30,  # a job ends by itself
@@ -149,7 +151,7 @@ def _tune(asked: Search, folders: Sequence[Path]) -> None:
             reduction_factor=asked.reduction,
         )
         tune.Tuner(
-            tune.with_resources(_trial, {"cpu": 1}),
+            tune.with_resources(_trial, {"cpu": 1, "gpu": min(1.0, gpus / asked.workers)}),
             param_space={
                 "folder": tune.grid_search([str(folder.resolve()) for folder in folders]),
                 "metric": asked.metric,

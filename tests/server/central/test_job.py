@@ -140,7 +140,7 @@ class TestSettings:
             ({"push_to_hub": True}, "unknown key"),
             ({"hub_token": "x"}, "unknown key"),
             ({"trust_remote_code": True}, "follows from the rest"),
-            ({"report_to": "wandb"}, "one of none, tensorboard, mlflow"),
+            ({"report_to": "wandb"}, "'report_to' follows from the rest of the job"),
             ({"lr_scheduler_type": "spiral"}, "TRL refuses it"),
         ],
     )

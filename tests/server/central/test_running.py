@@ -21,12 +21,8 @@ from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.plan import Model
 from fedward.server.central.checkpoints import latest
 from fedward.server.central.job import Data, Reward, Stop
-from fedward.server.central.loading import (
-    MANIFEST,
-    open_trained,
-    read_manifest,
-    starting_folder,
-)
+from fedward.server.central.loading import open_trained, starting_folder
+from fedward.server.central.manifest import MANIFEST, read_manifest
 from fedward.server.central.predicting import predict
 from fedward.server.central.running import save_trained
 from fedward.server.central.stages import build
