@@ -268,14 +268,15 @@ class Plan:
 
     Args:
         name: Lower-case letters, digits and dashes.
-        mode: ``local``: each site trains, then updates are summed.
+        mode: ``local``: each site trains under its own noise, then updates are summed. ``pooled``:
+            each round is one step over all sites together, whose noise they share.
         seed: Public seed of the adapter's start; no secret depends on it.
     """
 
     name: str
     model: Model
     rounds: Rounds
-    mode: Literal["local"] = "local"
+    mode: Literal["local", "pooled"] = "local"
     seed: int = 0
     tuner: Tuner = field(default_factory=Tuner)
     task: Task = field(default_factory=Task)
@@ -292,6 +293,8 @@ class Plan:
         require(shape is not None, "name", self.name, "1 to 64 of a-z, 0-9 and '-'")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         self._check_combinations()
+        if self.mode == "pooled":
+            self._check_pooled()
 
     def _check_combinations(self) -> None:
         """Refuse what a section allows on its own, but not beside the others."""
@@ -325,6 +328,24 @@ class Plan:
         return dataclasses.replace(
             self, fallback=dataclasses.replace(self.fallback, adapter=adapter)
         )
+
+    def _check_pooled(self) -> None:
+        """Refuse what a step over all sites together has no meaning for."""
+        rounds, aggregation = self.rounds, self.aggregation
+        for holds, key, value, allowed in (
+            (rounds.steps == 1, "steps", rounds.steps, "1"),
+            (rounds.optimizer == "sgd", "optimizer", rounds.optimizer, "'sgd'"),
+            (rounds.proximal == 0, "proximal", rounds.proximal, "0"),
+            (
+                aggregation.scheme in {"fedavg", "ffa"},
+                "scheme",
+                aggregation.scheme,
+                "'fedavg', 'ffa'",
+            ),
+            (aggregation.word_bits == 32, "word_bits", aggregation.word_bits, "32"),
+            (aggregation.weights is None, "weights", aggregation.weights, "none"),
+        ):
+            require(holds, key, value, f"{allowed} in mode 'pooled'")
 
     def hash(self) -> bytes:
         """The 32 bytes that approve, sign and bind this plan."""

@@ -112,7 +112,7 @@ TEXT, WHOLE, NUMBER = "text", "a whole number", "a number"
 POSITIVE = "a number above 0"
 REFUSED: list[tuple[Any, ...]] = [
     ("", "name", ["", "-a", "Ward", "a b", "a" * 65, "a\n"], "1 to 64 of a-z, 0-9 and '-'"),
-    ("", "mode", ["central", ""], "one of 'local'"),
+    ("", "mode", ["central", ""], "one of 'local', 'pooled'"),
     ("", "seed", [-1, 2**32], "0 to 2^32 - 1"),
     ("model", "path", [""], "a folder or hub id"),
     ("model", "sha256", ["", "0" * 63, "A" * 64, "0" * 64 + "\n"], "64 lower-case hex digits"),

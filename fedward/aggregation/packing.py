@@ -117,7 +117,7 @@ def check_mean(
     cohort: Sequence[int],
     update_clip: float,
 ) -> None:
-    """Check that a published mean is no longer than clipped and rounded updates can make it.
+    """Check that a published mean is no longer than clipped, rounded, noised updates can make it.
 
     The coordinator checks before it commits a round, each site before it trains on.
 
@@ -131,7 +131,9 @@ def check_mean(
         SumTooLong: It is longer.
     """
     rounding = len(cohort) * parameters.grid.gamma * math.sqrt(len(mean))
-    if float(np.linalg.norm(mean)) > update_clip + rounding / parameters.divisor(cohort):
+    # A Gaussian vector is longer than deviation * (sqrt(d) + 12) with a probability below 1e-31.
+    noise = parameters.noise * math.sqrt(len(cohort)) * (math.sqrt(len(mean)) + 12)
+    if float(np.linalg.norm(mean)) > update_clip + (rounding + noise) / parameters.divisor(cohort):
         raise SumTooLong(cohort)
 
 

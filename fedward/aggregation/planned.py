@@ -3,11 +3,15 @@
 from fedward.aggregation.fixed_point import Grid
 from fedward.aggregation.parameters import SessionParameters, Slot
 from fedward.aggregation.rotation import rotated_grid
+from fedward.aggregation.shared_noise import noisy_grid
 from fedward.attempt import Attempt
 from fedward.errors import InvalidValue
 from fedward.identity import Roster
 from fedward.plan import Plan
 from fedward.plan_aggregation import Aggregation
+from fedward.privacy.accounting import Event
+from fedward.privacy.planned import training_event
+from fedward.privacy.pooled import coarsest_step, noise_share, pooled_event
 
 METRIC_SLOTS = ("loss", "correct", "units")
 """The extra words of a plan with ``[metrics]``, in order."""
@@ -32,24 +36,41 @@ def planned_session(
     """
     sites = len(roster.members)
     aggregation, metrics = plan.aggregation, plan.metrics
+    noise = noise_share(plan, dimension) if plan.mode == "pooled" else 0.0
     return SessionParameters(
         attempt=attempt,
         roster_hash=roster.hash(),
         task_hash=task_hash,
         dimension=dimension,
-        grid=_grid(aggregation, dimension, sites),
+        grid=_grid(plan, dimension, sites, noise),
         slots=tuple(Slot(name=n, clip=_METRIC_CLIP) for n in METRIC_SLOTS) if metrics else (),
         colluders=plan.cohort.colluders,
         dropouts=sites // 10,
         minimum=plan.cohort.minimum,
+        noise=noise,
         deadline=plan.rounds.deadline_seconds,
         weights=_weights(aggregation, roster),
         rotated=aggregation.word_bits == 16,
     )
 
 
-def _grid(aggregation: Aggregation, dimension: int, sites: int) -> Grid:
+def update_event(plan: Plan, parameters: SessionParameters) -> Event:
+    """What one round's update costs a unit, for the site's ledger."""
+    if plan.mode == "local" or not plan.privacy.enabled:
+        return training_event(plan)
+    return pooled_event(plan, parameters.dimension)
+
+
+def _grid(plan: Plan, dimension: int, sites: int, noise: float) -> Grid:
     """16-bit words are fine enough only for updates that a rotation has spread."""
+    aggregation = plan.aggregation
+    if noise > 0:
+        grid = noisy_grid(aggregation.update_clip, share=noise, sites=sites)
+        finest = coarsest_step(plan, dimension)
+        if grid.gamma > finest:
+            most = finest * grid.steps
+            raise InvalidValue("update_clip", aggregation.update_clip, f"at most {most:.3g}")
+        return grid
     if aggregation.word_bits == 16:
         return rotated_grid(aggregation.update_clip, dimension, sites=sites)
     return Grid(clip=aggregation.update_clip, sites=sites, word_bits=32)

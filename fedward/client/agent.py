@@ -18,8 +18,9 @@ from fedward.aggregation.complaints import Complaint
 from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import check_mean, pack, unpack, weighed
 from fedward.aggregation.parameters import Limits, SessionParameters
-from fedward.aggregation.planned import planned_session
+from fedward.aggregation.planned import planned_session, update_event
 from fedward.aggregation.rules import Rule
+from fedward.aggregation.shared_noise import add_noise_share
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
@@ -50,7 +51,7 @@ from fedward.messages import Letter, Line, Receipt, open_letter, seal_letter
 from fedward.plan import Plan, from_json
 from fedward.privacy.ledger import Ledger
 from fedward.privacy.noise import SecureStream
-from fedward.privacy.planned import metric_event, training_event
+from fedward.privacy.planned import metric_event
 from fedward.tuning.vector import (
     Layout,
     layout_from_bytes,
@@ -246,7 +247,7 @@ class Agent:
         self._ledger.open_run(
             attempt.run,
             plan.hash(),
-            training_event(plan),
+            update_event(plan, expected),
             plan.rounds.count + plan.rounds.spare,
             metrics=metric_event(plan),
         )
@@ -363,14 +364,21 @@ class Agent:
         return {"message": steps[letter.action](message)}
 
     def _words(self, work: _Work) -> Words:
-        """The update on the grid: clipped as a whole, rounded by the site's own secret stream."""
+        """The update on the grid: clipped as a whole, rounded by the site's own secret stream.
+
+        In ``pooled`` mode with its share of the noise, of another stream.
+        """
         request = work.request
         update = request.rule.to_send(work.result.update)
         attempt = request.attempt  # its number does not count: the same update is rounded alike
         position = f"{attempt.round}/{attempt.session}/{request.draw}"
-        stream = self._secret.child("rounding", attempt.run, position, work.expected.task_hash)
+        place = (attempt.run, position, work.expected.task_hash)
         weighted = weighed(update, work.expected, self._site)
-        return pack(weighted, work.result.slots, work.expected, stream)
+        stream = self._secret.child("rounding", *place)
+        words = pack(weighted, work.result.slots, work.expected, stream)
+        if work.expected.noise:
+            add_noise_share(words, work.expected, self._secret.child("noise share", *place))
+        return words
 
     def _evaluate(self, letter: Letter) -> SiteCode:
         """Evaluate an adapter for the site itself, under the plan that its ledger knows.

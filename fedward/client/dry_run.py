@@ -15,7 +15,7 @@ import torch
 
 from fedward.aggregation.packing import pack
 from fedward.aggregation.parameters import Limits, SessionParameters
-from fedward.aggregation.planned import planned_session
+from fedward.aggregation.planned import planned_session, update_event
 from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.tally import Tally
@@ -34,7 +34,7 @@ from fedward.privacy.accounting import epsilon
 from fedward.privacy.books import Books
 from fedward.privacy.ledger import read_books
 from fedward.privacy.noise import SecureStream
-from fedward.privacy.planned import metric_event, training_event
+from fedward.privacy.planned import metric_event
 
 _SIGNATURE_BYTES = 64
 
@@ -111,7 +111,8 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
     )
     update = request.rule.to_send(result.update)
     words = pack(update, result.slots, session, SecureStream()).nbytes
-    events = [event for event in (training_event(plan), metric_event(plan)) if event is not None]
+    costs = (update_event(plan, session), metric_event(plan))
+    events = [event for event in costs if event is not None]
     count = plan.rounds.count + plan.rounds.spare
     books = (
         read_books(

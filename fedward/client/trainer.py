@@ -36,6 +36,8 @@ _LOG = logging.getLogger(__name__)
 _UNFIT = (DataError, ConfigurationError, *LIBRARY_ERRORS)
 """What a record may provoke in templates and tokenizers."""
 
+BeforeStep = Callable[[Sequence[Tensor]], None]
+
 Units = Sequence[Sequence[int]]
 """For each unit the numbers of its records."""
 
@@ -99,8 +101,10 @@ class LocalTrainer:
         """See :meth:`~fedward.client.training.Trainer.train`.
 
         Guarantees:
-            The update is (epsilon, delta)-private for one unit as the plan's accounting of
-            ``count + spare`` such updates says; every constant is the plan's.
+            In mode ``local`` the update is (epsilon, delta)-private for one unit as the plan's
+            accounting of ``count + spare`` such updates says; every constant is the plan's. In mode
+            ``pooled`` it is **not private**: one unit moves it by at most
+            :func:`fedward.privacy.pooled.unit_bound`, and it leaves the site only with noise.
         """
         plan = request.plan
         self.prepare(request)
@@ -109,6 +113,10 @@ class LocalTrainer:
         units, encoded = self._encode(plan, self._records, held_out=False)
         if not (units or plan.privacy.enabled):
             raise DataError("this site has no training records: expected at least one patient")
+        step, sums = mechanism(plan), list[Tensor]()
+        before_step = _stay_near(plan.rounds.proximal) if plan.rounds.proximal else None
+        if plan.mode == "pooled":  # the agent adds the noise, as integers, behind the rounding
+            step, before_step = dataclasses.replace(step, noise_multiplier=0.0), _take(sums)
         with training_only(model, {name for name, _ in request.trained}):
             start = flatten(model)
             train_model(
@@ -116,14 +124,16 @@ class LocalTrainer:
                 units,
                 encoded,
                 plan,
-                mechanism(plan),
+                step,
                 steps=plan.rounds.steps,
                 stream=stream,
-                proximal=plan.rounds.proximal,
+                before_step=before_step,
                 physical_batch=self._physical_batch,
                 on_step=self._on_step,
             )
             update = flatten(model) - start
+        if plan.mode == "pooled":
+            update = torch.cat(sums).mul(-plan.rounds.learning_rate).numpy()
         if not np.isfinite(update).all():
             raise ModelError("training gave numbers that are not finite: lower learning_rate")
         return TrainResult(update=update, slots=self._slots(plan, model, stream))
@@ -216,13 +226,14 @@ def train_model(
     *,
     steps: int,
     stream: SecureStream,
-    proximal: float = 0.0,
+    before_step: BeforeStep | None = None,
     physical_batch: int = 64,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
     """Run the plan's local optimizer for some steps over one set of units, in place.
 
-    With ``proximal`` each step's private gradient gets that many times the way from the start.
+    ``before_step`` is called with the trainable parameters when their ``grad`` is clipped, noised
+    and over the normaliser, before the optimizer moves along it.
 
     Raises:
         ModelError: Training failed. Without privacy also if no unit had a finite gradient; with it,
@@ -237,8 +248,9 @@ def train_model(
     parameters = list(trainable(model).values())
     kind = torch.optim.AdamW if plan.rounds.optimizer == "adamw" else torch.optim.SGD
     optimizer = kind(parameters, lr=plan.rounds.learning_rate, weight_decay=0.0)
-    if proximal:
-        _stay_near(optimizer, parameters, proximal)
+    if before_step is not None:
+        call = before_step
+        optimizer.register_step_pre_hook(lambda *_: call(parameters))
     facts = train_steps(
         model,
         units,
@@ -260,19 +272,30 @@ def train_model(
         _LOG.warning("%s; the update is noise alone", problem)
 
 
-def _stay_near(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], weight: float
-) -> None:
-    """Pull every step towards where the parameters are now: after clip and noise, without data."""
-    starts = [(parameter, parameter.detach().clone()) for parameter in parameters]
+def _stay_near(weight: float) -> BeforeStep:
+    """Pulls each step towards where the first one began: after clip and noise, without data."""
+    starts = list[Tensor]()
 
-    def pull(*_: object) -> None:
-        with torch.no_grad():
-            for parameter, start in starts:
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter - start, alpha=weight)
+    def pull(parameters: Sequence[Tensor]) -> None:
+        if not starts:
+            starts.extend(parameter.detach().clone() for parameter in parameters)
+        for parameter, start in zip(parameters, starts, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=weight)
 
-    optimizer.register_step_pre_hook(pull)
+    return pull
+
+
+def _take(taken: list[Tensor]) -> BeforeStep:
+    """Takes the sums of clipped gradients, over the normaliser, before they move anything."""
+
+    def take(parameters: Sequence[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                taken.append(parameter.grad.detach().float().cpu().flatten())
+                parameter.grad = None
+
+    return take
 
 
 def _fits(records: Records, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> bool:

@@ -181,6 +181,7 @@ def _write_policy(path: Path, plan: Plan) -> None:
         f"delta = {plan.privacy.delta!r}\n"
         f"max_rounds = {plan.rounds.count + plan.rounds.spare}\n"
         f'models = ["{plan.model.sha256}"]\n'
+        f'modes = ["{plan.mode}"]\n'
         f"minimum = {plan.cohort.minimum}\n"
         f"colluders = {plan.cohort.colluders}\n"
         "automatic = true\n",

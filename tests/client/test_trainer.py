@@ -131,9 +131,9 @@ def test_proximal_pulls_every_step_to_the_start_after_the_noise(base):
         load_adapter(tuned.model, from_bytes(tuned.start))
         before = flatten(tuned.model)
         nobody, stream = encode(EMPTY, tuned.tokenizer, plan), SecureStream(bytes(32))
-        step = mechanism(plan)
+        step, pull = mechanism(plan), module._stay_near(mu) if mu else None
         module.train_model(
-            tuned.model, [], nobody, plan, step, steps=steps, stream=stream, proximal=mu
+            tuned.model, [], nobody, plan, step, steps=steps, stream=stream, before_step=pull
         )
         return flatten(tuned.model) - before
 
