@@ -308,8 +308,8 @@ def inflate(number: str, contents: Mapping[str, bytes], most: int) -> Message | 
         arrays = dict[str, InflatableObject]()
         for name, content in contents.items():
             if get_object_type_from_object_content(content) == Array.__qualname__:
-                arrays[name] = _array(content, contents, most)
-                most -= len(arrays[name].data)
+                arrays[name] = array = _array(content, contents, most)
+                most -= len(array.data)
         message = inflate_object_from_contents(number, dict(contents), objects=arrays)
     except _MALFORMED:
         return None

@@ -35,6 +35,16 @@ def write_private(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+FileState = tuple[int, int, int]
+"""What of a file changes with its content: which one it is, its size, when it was changed."""
+
+
+def file_state(path: Path) -> FileState:
+    """The state of a file, for who would not read again what nobody touched."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def remove_durably(path: Path) -> None:
     """Remove a file; no crash brings it back after the return."""
     path.unlink()

@@ -14,12 +14,10 @@ from fedward.identity import Identity, open_sealed
 from fedward.messages import Receipt
 from fedward.privacy.chain import Chain
 from fedward.privacy.ledger import Ledger
-from fedward.private_files import make_private_folder, write_private
+from fedward.private_files import FileState, file_state, make_private_folder, write_private
 
 _TASK = "fedward/1/task kept"
 _RUNS = 4  # side by side, whose last adapter is kept
-
-_State = tuple[int, int, int]
 
 
 class SiteMemory:
@@ -47,7 +45,7 @@ class SiteMemory:
         self._cohorts: dict[str, tuple[int, ...]] = {}
         self._begun: str | None = None
         self._acknowledged = 0
-        self._last: tuple[_State, tuple[Attempt, bytes]] | None = None
+        self._last: tuple[FileState, tuple[Attempt, bytes]] | None = None
         if chain.entries and ledger.head[0] == 0:
             raise LedgerRolledBack(
                 "this site remembers sessions, but its ledger is empty: restore the ledger"
@@ -128,7 +126,7 @@ class SiteMemory:
         make_private_folder(self._tasks)
         write_private(self._task_file(attempt.run), self._identity.seal(_TASK, body))
         failpoints.hit("memory.task")
-        self._last = _state(self._task_file(attempt.run)), (attempt, adapter)
+        self._last = file_state(self._task_file(attempt.run)), (attempt, adapter)
         kept = sorted(self._tasks.glob("*.signed"), key=lambda path: path.stat().st_mtime_ns)
         for path in kept[:-_RUNS]:
             path.unlink()
@@ -142,7 +140,7 @@ class SiteMemory:
         path = self._task_file(run)
         if not path.exists():
             return None
-        if self._last is not None and self._last[0] == _state(path):
+        if self._last is not None and self._last[0] == file_state(path):
             return self._last[1]  # nobody touched it since this process wrote it
         try:
             body = open_sealed(self._identity.public_key, _TASK, path.read_bytes())
@@ -179,9 +177,3 @@ class SiteMemory:
 
     def _task_file(self, run: str) -> Path:
         return self._tasks / f"{digest(run).hex()}.signed"
-
-
-def _state(path: Path) -> _State:
-    """What of a file changes with its content: which one it is, and when it was changed."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns

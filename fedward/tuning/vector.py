@@ -84,6 +84,8 @@ def moments_of(adapter: bytes) -> dict[str, Vector]:
     Raises:
         ModelError: Not safetensors, or a moment is not float32 or not finite.
     """
+    if not _has_moments(adapter):
+        return {}
     moments = {n.removeprefix(MOMENT): t for n, t in _load(adapter).items() if n.startswith(MOMENT)}
     for name, moment in moments.items():
         if moment.dtype != np.float32 or not np.isfinite(moment).all():
@@ -93,9 +95,10 @@ def moments_of(adapter: bytes) -> dict[str, Vector]:
 
 def without_moments(adapter: bytes) -> bytes:
     """What of an adapter file belongs to the model; the very file where that is all of it."""
+    if not _has_moments(adapter):
+        return adapter
     tensors = _load(adapter)
-    kept = {name: tensors[name] for name in sorted(tensors) if not name.startswith(MOMENT)}
-    return adapter if len(kept) == len(tensors) else save(kept)
+    return save({name: tensors[name] for name in sorted(tensors) if not name.startswith(MOMENT)})
 
 
 def replace_vector(
@@ -130,4 +133,13 @@ def _load(adapter: bytes) -> dict[str, npt.NDArray[np.float32]]:
     try:
         return load(adapter)
     except (SafetensorError, ValueError, KeyError) as error:
+        raise ModelError("an adapter is not a safetensors file") from error
+
+
+def _has_moments(adapter: bytes) -> bool:
+    """Whether the header of an adapter file names one: what it names else is not read."""
+    try:
+        names = json.loads(adapter[8 : 8 + int.from_bytes(adapter[:8], "little")])
+        return any(name.startswith(MOMENT) for name in names)
+    except (ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise ModelError("an adapter is not a safetensors file") from error

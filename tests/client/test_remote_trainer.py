@@ -16,7 +16,7 @@ from fedward.client.remote_trainer import RemoteTrainer
 from fedward.client.trainer import LocalTrainer
 from fedward.client.trainer_process import TrainerProcess
 from fedward.client.trainer_service import serve
-from fedward.client.training import TrainRequest
+from fedward.client.training import TrainRequest, TrainResult
 from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.plan import Metrics, Plan
 from fedward.tuning.tuned import tuned_model
@@ -108,11 +108,13 @@ def test_an_adapter_that_was_prepared_is_not_sent_again(base, remote, sent):
 def test_a_trainer_that_was_started_anew_gets_the_adapter_again(base, socket, sent):
     plan, remote = tiny.make_plan(base), RemoteTrainer(socket, start_seconds=5)
     expected = local().train(request(plan)).update.tobytes()
-    for step in (lambda: remote.prepare(request(plan)), lambda: remote.train(request(plan))):
+    found = list[TrainResult | None]()
+    for step in (remote.prepare, remote.train):
         server = serve(socket, lambda plan, dataset, on_step: local(on_step))
-        found = step()
+        found.append(step(request(plan)))
         server.stop(None).wait()
-    assert found.update.tobytes() == expected
+    assert found[1] is not None
+    assert found[1].update.tobytes() == expected
     assert sent == [1, 0, 1]
 
 
