@@ -60,14 +60,16 @@ def fallback_job(plan: Plan, path: Path) -> Step:
                 f"{path}: {key} = {given!r}: expected {wanted!r}, as in the plan whose adapter it "
                 "goes on with"
             )
-    found = {
-        key: name and str(Path(name).absolute())
-        for key, name in (("train", step.data.train), ("evaluation", step.data.evaluation))
-    }
-    for name in found.values():
+    held_out = step.data.evaluation
+    data = dataclasses.replace(
+        step.data,
+        train=str(Path(step.data.train).absolute()),
+        evaluation=held_out and str(Path(held_out).absolute()),
+    )
+    for name in (data.train, data.evaluation):
         if name is not None and not Path(name).exists():
             raise ConfigurationError(f"{path}: [data] {name}: no such file")
-    return dataclasses.replace(step, data=dataclasses.replace(step.data, **found))
+    return dataclasses.replace(step, data=data)
 
 
 def train_apart(

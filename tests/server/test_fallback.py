@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import hashlib
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,13 @@ from flwr.app import Message
 from typer.testing import CliRunner
 
 from fedward import failpoints, typed_toml
+from fedward.attempt import Attempt
 from fedward.canonical import canonical_json
 from fedward.cli import app
 from fedward.client.approval import approve, waiting_plans
 from fedward.client.last_round import read_fallback
 from fedward.errors import ConfigurationError, ModelError, ProtocolError, RoundError, SiteCode
-from fedward.plan import Data, Task
+from fedward.plan import Data, Plan, Task
 from fedward.plan_fallback import Fallback
 from fedward.server.central.loading import open_trained
 from fedward.server.control_client import open_control
@@ -51,8 +54,8 @@ def public(tmp_path_factory):
     return folder / "train.jsonl"
 
 
-def make_plan(base, after=2, **changes):
-    given = {
+def make_plan(base: Path, after: int = 2, **changes: Any) -> Plan:
+    given: dict[str, Any] = {
         "task": Task(objective="sft", max_length=16),
         "data": Data(unit="patient", site="hospital"),
         "rounds": tiny.make_rounds(count=3, deadline="5s"),
@@ -61,7 +64,9 @@ def make_plan(base, after=2, **changes):
     return tiny.make_plan(base, **(given | changes))
 
 
-def write_job(folder, base, public, *, rate=0.05, steps=4, **changes):
+def write_job(
+    folder: Path, base: Path, public: Path, *, rate: float = 0.05, steps: int = 4, **changes: Any
+) -> Path:
     """A job whose base and tuner are the plan's."""
     given = {"stage": "sft", "path": base, "quantize": "none", "r": 2, "save": steps} | changes
     path = folder / "fallback.toml"
@@ -88,7 +93,7 @@ max_length = 16
     return path
 
 
-def bent(plan, seed=1):
+def bent(plan: Plan, seed: int = 1) -> bytes:
     """An adapter of the plan that is not its start, with numbers that bfloat16 does not have."""
     tuned = tuned_model(plan)
     drawn = np.random.default_rng(seed).normal(0, 0.1, dimension(tuned.layout))
@@ -233,7 +238,7 @@ def test_nobody_comes_and_the_coordinator_completes_every_round(base, tmp_path):
 FALLEN = dataclasses.replace(desk.PLAN, fallback=Fallback(after=2, job="job.toml"))
 
 
-def absent(rig, *sites):
+def absent(rig: Rig, *sites: int) -> None:
     """These sites answer nothing."""
     for site in sites:
         rig.grid.kill(rig.nodes[site])
@@ -246,7 +251,7 @@ def rig(tmp_path):
     rig.close()
 
 
-def plus_one(number, adapter):
+def plus_one(number: int, adapter: bytes) -> bytes:
     return replace_vector(adapter, desk.LAYOUT, vector_of(adapter, desk.LAYOUT) + np.float32(1))
 
 
@@ -350,8 +355,9 @@ def test_a_site_takes_the_coordinators_adapter_only_when_somebody_has_approved_i
     digest = hashlib.sha256(made).hexdigest()
     named, said = FALLEN.after_fallback(digest), canonical_json([1, digest])
 
-    def task(attempt, adapter=made):
-        return field.task(attempt, 0, plan=FALLEN, adapter=adapter, fallback=said)
+    def task(attempt: Attempt, adapter: bytes = made) -> SiteCode | None:
+        code: SiteCode | None = field.task(attempt, 0, plan=FALLEN, adapter=adapter, fallback=said)
+        return code
 
     field.refused(task(at(2)), SiteCode.REFUSED_POLICY, "waits for approval")
     assert [plan.hash() for plan in waiting_plans(field.site(0))] == [named.hash()]

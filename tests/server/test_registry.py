@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from fedward import failpoints
@@ -21,8 +24,8 @@ from tests.server.office import make_coordinator
 SPENT = Spent(epsilon=8.0, delta=1e-6, unit="patient", rounds=3, sites=4, minimum=3)
 
 
-def origin(**changes):
-    given = {
+def origin(**changes: Any) -> Origin:
+    given: dict[str, Any] = {
         "name": "notes",
         "kind": "language",
         "stage": "federation",
@@ -37,7 +40,7 @@ def origin(**changes):
     return Origin(**(given | changes))
 
 
-def fill(folder):
+def fill(folder: Path) -> None:
     (folder / "deep").mkdir()
     (folder / "adapter.safetensors").write_bytes(bytes(range(100)))
     (folder / "deep" / "plan.json").write_text("{}")
@@ -113,7 +116,7 @@ def test_a_changed_byte_a_missing_file_and_an_extra_one_are_found(registry, chai
         registry.verify("notes:1")
 
 
-def signed(registry, title):
+def signed(registry: Registry, title: str) -> Path:
     name, _, number = title.partition(":")
     return registry.folder / "models" / name / number / SIGNED
 
@@ -160,7 +163,7 @@ def test_an_unknown_key_is_named_and_can_be_trusted(registry, chain):
         registry.verify("notes:1", keys=[Identity().public_key])
 
 
-def forget(registry, name, number):
+def forget(registry: Registry, name: str, number: int) -> None:
     with registry._index() as db:
         db.execute("DELETE FROM version WHERE name=? AND number=?", (name, number))
 
@@ -222,7 +225,7 @@ print(Registry(Path(sys.argv[1])).add(origin(made_from="e" * 64), fill).title)
 """
 
 
-def add_elsewhere(folder, armed):
+def add_elsewhere(folder: Path, armed: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", ADD, str(folder)],
         env=os.environ | {failpoints.VARIABLE: armed},
@@ -286,7 +289,7 @@ def test_a_model_is_named_by_its_version_or_its_folder(registry, chain, monkeypa
     assert not (tmp_path / "none").exists()
 
 
-def typed(registry, *words):
+def typed(registry: Registry, *words: str) -> Result:
     return CliRunner().invoke(app, ["models", *words, "--registry", str(registry.folder)])
 
 
