@@ -19,24 +19,28 @@ from federation_grid.cells import EXAMPLES, federate
 from fedward.client.trainer import mechanism
 from fedward.errors import ConfigurationError
 from fedward.plan import Plan, Privacy, Rounds, load_plan
+from fedward.privacy.optimizer import Mechanism
+from fedward.privacy.pooled import noise_share
 from fedward.private_files import write_private
 from fedward.simulations.case import Case, freeze_case
 from fedward.simulations.comparison import evaluate_adapter, pooled, train_in_one_place
 from fedward.tuning.models import fingerprint, resolve_model
 from fedward.tuning.records import Records, merge, select
+from fedward.tuning.tuned import tuned_model
+from fedward.tuning.vector import dimension
 
 Scheme = Literal["fedavg", "ffa", "alternating", "sketch-once"]
 SCHEMES: tuple[Scheme, ...] = ("fedavg", "ffa", "alternating", "sketch-once")
-WAYS = ("alone", *SCHEMES, "central")
+WAYS = ("alone", *SCHEMES, "central", "pooled", "central-noise")
 EPSILONS = (math.inf, 3.0)
 SEEDS = (0, 1, 2)
 
-RATES: Mapping[tuple[str, float], float] = {}
-"""Way and epsilon to the learning rate; chosen on training units that no cell trains on, over three
-rates each, without looking at a test row."""
+RATES = {math.inf: 0.02, 3.0: 30.0}
+"""Epsilon to the learning rate of every way: AdamW's without privacy, SGD's with it; chosen on a
+fifth of the training units, without looking at a test row (docs/benchmarks.md)."""
 
-TRIED = {math.inf: (1e-3, 3e-3, 1e-2), 3.0: (10.0, 20.0, 40.0)}
-"""Epsilon to the rates that were tried: AdamW's without privacy, SGD's with it."""
+TRIED = {math.inf: (0.02, 0.06), 3.0: (10.0, 30.0)}
+"""Rates that ``--tune`` tries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +54,9 @@ class Size:
         private_rounds: Rounds with privacy, of one step each.
     """
 
-    rows: int = 5000
+    rows: int = 2500
     test: int = 100_000
-    rounds: int = 10
+    rounds: int = 8
     private_rounds: int = 20
 
 
@@ -61,7 +65,8 @@ class Cell:
     """One training and its evaluation.
 
     Args:
-        way: A scheme, ``alone`` (each site for itself) or ``central`` (all data in one place).
+        way: A scheme; ``pooled`` (the mode); ``alone`` (each site for itself); ``central`` (all
+            data in one place); or ``central-noise`` (the same with the noise of a pooled sum).
         epsilon: Of the whole training; infinite without clip and noise.
         seed: Of LoRA's start; draws and noise are new in every training.
     """
@@ -82,6 +87,7 @@ def grid() -> list[Cell]:
     return [
         Cell(way=way, epsilon=epsilon, seed=seed)
         for seed, epsilon, way in itertools.product(SEEDS, EPSILONS, WAYS)
+        if math.isfinite(epsilon) or way in {"alone", *SCHEMES, "central"}
     ]
 
 
@@ -152,8 +158,10 @@ class Grid:
             means = [float(scores.mean()) for scores in each]
             scores = np.mean(each, axis=0)
             facts = {"each": dict(zip(sorted(sites), means, strict=True))}
-        elif cell.way == "central":
+        elif cell.way.startswith("central"):
             step = mechanism(plan, normaliser=plan.rounds.normaliser * len(sites))
+            if cell.way == "central-noise":
+                step = _noise_of_a_sum(plan, step, len(sites))
             scores = self._scores(plan, train_in_one_place(plan, pooled(sites), step=step), test)
         else:
             folder = self._folder / "runs" / cell.name
@@ -172,13 +180,14 @@ class Grid:
             steps=1 if private else 5,
             sampling_rate=0.1,
             normaliser=self._size.rows / 9 * 0.1,
-            learning_rate=rate or RATES.get((cell.way, cell.epsilon), TRIED[cell.epsilon][1]),
+            learning_rate=rate or RATES[cell.epsilon],
             optimizer="sgd" if private else "adamw",
             deadline="10m",
         )
         scheme = cell.way if cell.way in SCHEMES else "fedavg"
         return dataclasses.replace(
             plan,
+            mode="pooled" if cell.way in {"pooled", "central-noise"} else "local",
             seed=cell.seed,
             tuner=dataclasses.replace(
                 plan.tuner, arguments={**plan.tuner.arguments, "r": 8, "lora_alpha": 8}
@@ -208,6 +217,13 @@ class Grid:
     @staticmethod
     def _scores(plan: Plan, adapter: bytes, test: Records) -> Any:  # noqa: ANN401  # 0 and 1
         return evaluate_adapter(plan, adapter, test).correct
+
+
+def _noise_of_a_sum(plan: Plan, step: Mechanism, sites: int) -> Mechanism:
+    """The central step with the deviation that the shares of all sites have together."""
+    share = noise_share(plan, dimension(tuned_model(plan).layout))
+    bound = plan.rounds.learning_rate * plan.privacy.clip / plan.rounds.normaliser
+    return dataclasses.replace(step, noise_multiplier=share * math.sqrt(sites) / bound)
 
 
 def _part(records: Records, share: float) -> Records:

@@ -18,6 +18,9 @@ PAIRS = (
     ("alternating", "fedavg"),
     ("fedavg", "central"),
     ("fedavg", "alone"),
+    ("pooled", "central-noise"),
+    ("pooled", "central"),
+    ("pooled", "fedavg"),
 )
 """Ways whose difference is reported."""
 
@@ -83,6 +86,11 @@ def figures(done: Results) -> dict[str, Any]:
             if found is not None:
                 key = f"{one}_minus_{other}".replace("sketch-once", "sketch_once")
                 named[f"{prefix}{key}"] = found
+    for name, key in (
+        ("sketch_minus_fedavg", "sketch_once_minus_fedavg"),
+        ("pooled_minus_central", "epsilon_3.pooled_minus_central-noise"),
+    ):
+        named |= {name: named[key]} if key in named else {}
     return named
 
 
