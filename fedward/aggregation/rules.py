@@ -6,12 +6,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedward.aggregation.fixed_point import clip_update
+from fedward.aggregation.planned import METRIC_SLOTS
 from fedward.aggregation.schemes import Layout, Vector, round_layout
 from fedward.aggregation.server_optimizer import Moments, next_state
 from fedward.aggregation.sketch import check_rebuilt, rebuild, sketch, sketched_words
 from fedward.attempt import Attempt
 from fedward.canonical import digest
 from fedward.errors import ProtocolError
+from fedward.plan import Plan
 from fedward.plan_aggregation import Aggregation
 
 
@@ -105,3 +107,19 @@ class Rule:
     @property
     def _key(self) -> bytes:
         return digest("sketch", self.attempt.run, self.attempt.round.to_bytes(4, "big"))
+
+
+def masked_bytes(plan: Plan, layout: Layout) -> tuple[int, int]:
+    """Bytes of masked words that each site sends in an odd and in an even round.
+
+    The letters of a session come on top: a few kilobytes, and more with more sites.
+
+    Args:
+        plan: The plan.
+        layout: All trainable tensors.
+    """
+    slots = len(METRIC_SLOTS) if plan.metrics else 0
+    attempts = (Attempt(run="announced", round=number) for number in (1, 2))
+    rules = (Rule(settings=plan.aggregation, layout=layout, attempt=each) for each in attempts)
+    odd, even = ((rule.words + slots) * plan.aggregation.word_bits // 8 for rule in rules)
+    return odd, even

@@ -64,6 +64,7 @@ def start(
 
     The plan is frozen with the digest of its base model, so that every site trains the same one.
     """
+    from fedward.aggregation.rules import masked_bytes
     from fedward.server.control_client import open_control
     from fedward.server.fallback import fallback_job
     from fedward.server.registry import Registry
@@ -77,6 +78,12 @@ def start(
     if frozen.fallback is not None:
         step = fallback_job(frozen, Path(frozen.fallback.job))
         write_private(found.fallback_job(frozen), typed_toml.dump(step).encode())
+    odd, even = masked_bytes(frozen, layout)
+    Console(stderr=True).print(
+        f"each site sends {odd:,} bytes of masked words a round"
+        + ("" if even == odd else f", and {even:,} in even rounds"),
+        highlight=False,
+    )
     with open_control(found) as control:
         _show([control.start(called, frozen, adapter, layout)], json_output)
 

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedward.aggregation.packing import unpack
 from fedward.aggregation.planned import planned_session
-from fedward.aggregation.rules import Rule
+from fedward.aggregation.rules import Rule, masked_bytes
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.client.step_check import check_step
@@ -141,6 +141,8 @@ class _Work:
         covered = check_step(plan)
         if not covered.single_pass:
             self._console.print(str(covered), markup=False, highlight=False)
+        most = max(masked_bytes(plan, self._tuned.layout))
+        self._console.print(f"a site sends {most:,} bytes of masked words a round", highlight=False)
         every = comparisons(plan, sites) if compare else []
         todo = deque(one for one in every if not self._result(one.name).exists())
         with self._second_process(todo) as rest:

@@ -11,11 +11,11 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 from fedward.aggregation.fixed_point import Grid, decode
-from fedward.aggregation.rules import Rule
+from fedward.aggregation.rules import Rule, masked_bytes
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.errors import CohortTooSmall, RoundError
-from fedward.messages import MESSAGE_TYPES
+from fedward.messages import MESSAGE_TYPES, open_letter
 from fedward.plan import Plan
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.server.rounds import Observer
@@ -129,6 +129,17 @@ def test_every_sum_is_the_sum_of_the_clipped_updates(tmp_path, base, privacy):
     assert tiny.blob(tmp_path, last["adapter"]) == adapter
 
 
+def bytes_of_masked(federation: Federation, seen: Iterable[Message]) -> list[int]:
+    """Bytes of masked words in each site's answer, as it went over the wire."""
+    found = []
+    for message in seen:
+        site = message.metadata.src_node_id - FIRST_NODE
+        if message.metadata.message_type == MESSAGE_TYPES["masked"] and site >= 0:
+            letter = open_letter(message.content, federation.roster.key(site), "site")
+            found.append(len(letter.part("words")))
+    return found
+
+
 @pytest.mark.parametrize(
     "aggregation",
     [
@@ -143,11 +154,14 @@ def test_every_rule_of_aggregation_on_real_updates(tmp_path, base, aggregation):
         base, aggregation=Aggregation(**aggregation), rounds=tiny.make_rounds(count=3, proximal=0.1)
     )
     trainers = tiny.recorders(tiny.make_sites(4))
-    federation = tiny.make_federation(tmp_path, plan, trainers)
+    seen = list[Message]()
+    federation = tiny.make_federation(tmp_path, plan, trainers, watch=seen.append)
     adapter = federation.run()
     assert tiny.cohorts(tmp_path) == [[0, 1, 2, 3]] * 3
     check_sums(tmp_path, plan, federation, trainers)
     check_spend(tmp_path, plan, federation)
+    odd, even = masked_bytes(plan, tuned_model(plan).layout)
+    assert bytes_of_masked(federation, seen) == [odd] * 4 + [even] * 4 + [odd] * 4
     requests = trainers["a"].requests
     assert not any(moments_of(request.adapter) for request in requests)
     assert bool(moments_of(adapter)) == ("optimizer" in aggregation)
