@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from fedward.errors import ConfigurationError, InvalidValue
 
@@ -42,7 +43,9 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="A trained model's folder, or registry:NAME:NUMBER.")
     ],
-    data: _Data,
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out records: JSONL, CSV or Parquet.")
+    ] = None,
     out: _Out = None,
     map_: _Map = None,
     unit: _Unit = None,
@@ -50,6 +53,13 @@ def evaluate(
     generate: _Generate = True,
     batch_size: _BatchSize = 16,
     max_new_tokens: _Tokens = 128,
+    harness: Annotated[
+        str | None,
+        typer.Option(help="Instead of --data: a task of lm-evaluation-harness, in --tasks."),
+    ] = None,
+    tasks: Annotated[
+        Path, typer.Option(help="A folder of such tasks; what it says is run as code.")
+    ] = Path("tasks"),
     json_output: _Json = False,
 ) -> None:
     """Say how good a trained model is on records that it never saw, with 95 % intervals.
@@ -59,6 +69,11 @@ def evaluate(
     margin and rank correlation; a language model's bits per byte, perplexity and ROUGE,
     which of two answers it finds likelier, and its reward under a job's rule.
     """
+    if (data is None) is (harness is None):
+        raise ConfigurationError("expected --data FILE, or --harness TASK with --tasks FOLDER")
+    if data is None:
+        _harness(model, str(harness), tasks, out, batch_size, json_output)
+        return
     asked = _asked(data, map_, unit, reward, generate, batch_size, max_new_tokens)
     from fedward.server.central.evaluating import document, evaluate_model, tables, write_evaluation
     from fedward.server.central.opening import open_model
@@ -77,6 +92,28 @@ def evaluate(
     console.print(f"{written['rows']} rows, {written['units']} units", highlight=False)
     if evaluation.scores.cut:
         console.print(f"{evaluation.scores.cut} inputs were too long for the model and were cut")
+
+
+def _harness(
+    model: str, task: str, folder: Path, out: Path | None, batch_size: int, json_output: bool
+) -> None:
+    if find_spec("lm_eval") is None:
+        raise ConfigurationError("--harness needs pip install 'fedward[harness]'")
+    from fedward.server.central.harness import run_harness
+    from fedward.server.central.opening import open_model
+
+    found = run_harness(open_model(model), task, folder, batch_size=batch_size)
+    text = json.dumps({"model": model, **found}, indent=2)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "harness.json").write_text(text + "\n", encoding="utf-8")
+    if json_output:
+        typer.echo(text)
+        return
+    table = Table("figure", "value", "standard error", title=f"{task}, {found['rows']} rows")
+    for name, each in found["figures"].items():
+        table.add_row(name, f"{each['value']:.4g}", f"{each.get('error', float('nan')):.2g}")
+    Console().print(table)
 
 
 def compare(

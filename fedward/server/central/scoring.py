@@ -3,6 +3,7 @@
 Which of them follows from the model's kind and from the columns that are there (:data:`WAYS`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,18 +175,16 @@ def _field(value: object, name: str, place: str) -> Any:  # noqa: ANN401  # text
         return str(value)
     if name == "score":
         try:
-            return float(value)  # type: ignore[arg-type]  # a CSV's numbers are text
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{place}: column 'score' must hold a number") from error
+            number = float(value)  # type: ignore[arg-type]  # a CSV's numbers are text
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise DataError(f"{place}: column 'score' must hold a number")
+        return number
     return value_of(value, name, place)
 
 
-def score(
-    opened: Opened,
-    rows: Rows,
-    asked: Asked,
-    console: Console,
-) -> Scores:
+def score(opened: Opened, rows: Rows, asked: Asked, console: Console) -> Scores:
     """Let a model read, and where it writes, write, every row.
 
     Args:

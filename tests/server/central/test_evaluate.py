@@ -173,6 +173,11 @@ class TestReward:
         found = evaluated(jobs["reward"]["model"], tmp_path, turned)
         assert found.figures["spearman"].value == pytest.approx(-1.0)
 
+    @pytest.mark.parametrize("gold", ["good", None, "nan"])
+    def test_gold_must_be_a_number(self, jobs, tmp_path, gold):
+        with pytest.raises(DataError, match=r"row 1: column 'score' must hold a number"):
+            evaluated(jobs["reward"]["model"], tmp_path, [{"text": "sign", "score": gold}])
+
     def test_it_writes_nothing_that_a_rule_could_reward(self, jobs, tmp_path):
         with pytest.raises(ConfigurationError, match="writes nothing"):
             evaluated(jobs["reward"]["model"], tmp_path, ROWS["reward"], reward=Reward(pattern="x"))
