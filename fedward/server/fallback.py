@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedward import typed_toml
+from fedward.canonical import digest
 from fedward.errors import ConfigurationError, FedwardError, ModelError
 from fedward.plan import Plan, from_json
 from fedward.private_files import make_private_folder, write_private
@@ -87,22 +88,22 @@ def train_apart(
         step: From :func:`fallback_job`.
         base: The base model's folder.
         adapter: The state to go on from, safetensors bytes.
-        work: A folder for this job and this adapter; what a kill left there is gone on with.
+        work: Each adapter, job and data have a folder in it; what a kill left there is gone on
+            with.
         look: Called while it trains; what it raises ends the process, whose checkpoints stay.
 
     Returns:
         The adapter's whole state, safetensors bytes.
 
     Raises:
-        ModelError: The training failed; the message has its last line.
+        ModelError: The training failed, and the message has its last line; or the job's data cannot
+            be read.
     """
-    work = work / hashlib.sha256(adapter + plan.to_json()).hexdigest()[:16]
+    files = {_PLAN: plan.to_json(), _JOB: typed_toml.dump(step).encode(), _START: adapter}
+    read = [Path(name) for name in (step.data.train, step.data.evaluation) if name is not None]
+    work = work / digest("fallback", *files.values(), *map(_hash, read)).hex()[:16]
     make_private_folder(work)
-    for name, data in (
-        (_PLAN, plan.to_json()),
-        (_JOB, typed_toml.dump(step).encode()),
-        (_START, adapter),
-    ):
+    for name, data in files.items():
         write_private(work / name, data)
     result = work / _RESULT
     if not result.exists():
@@ -126,6 +127,14 @@ def train_apart(
             last = next((line for line in reversed(lines) if line.strip()), "nothing was said")
             raise ModelError(f"the fallback's training ended with {child.returncode}: {last}")
     return result.read_bytes()
+
+
+def _hash(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def train_on(plan: Plan, step: Step, base: Path, adapter: bytes, work: Path) -> bytes:

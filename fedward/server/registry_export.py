@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedward.canonical import digest
 from fedward.errors import ConfigurationError, ModelError
+from fedward.private_files import hold
 from fedward.server.central.loading import open_trained, starting_folder
 from fedward.server.central.manifest import MANIFEST, Manifest, write_manifest
 from fedward.server.registry import Registry
@@ -44,7 +45,11 @@ def merge(registry: Registry, text: str, *, keys: Collection[bytes] = ()) -> Ver
     version = registry.verify(text, keys=keys)
     if version.method == "full":
         raise ConfigurationError(f"{version.title} is a whole model already")
-    work = registry.folder / "merging"
+    with hold(registry.folder / "merging.lock", None):
+        return _merge(registry, version, registry.folder / "merging")
+
+
+def _merge(registry: Registry, version: Version, work: Path) -> Version:
     shutil.rmtree(work, ignore_errors=True)
     starting_folder(registry.path(version.title), work)
     parent = registry.parent(version.title)

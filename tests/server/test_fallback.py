@@ -159,8 +159,12 @@ def test_a_process_of_its_own_gives_the_same_and_survives_a_kill(base, public, t
     ]
     assert 0 < max(done) < 40
     assert train_apart(plan, step, base, start, tmp_path / "apart") == expected
-    broken = dataclasses.replace(step, data=dataclasses.replace(step.data, train="/nowhere"))
-    with pytest.raises(ModelError, match=r"ended with 1: .*nowhere"):
+    gone = dataclasses.replace(step, data=dataclasses.replace(step.data, train="/nowhere"))
+    with pytest.raises(ModelError, match="/nowhere: cannot be read"):
+        train_apart(plan, gone, base, start, tmp_path / "gone")
+    columns = {"text": "nothing"}
+    broken = dataclasses.replace(step, data=dataclasses.replace(step.data, columns=columns))
+    with pytest.raises(ModelError, match=r"ended with 1: .*nothing"):
         train_apart(plan, broken, base, start, tmp_path / "broken")
 
 

@@ -15,8 +15,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
 
 from fedward.attempt import Attempt
+from fedward.cli import app
 from fedward.errors import ConfigurationError, ModelError
 from fedward.plan import Data, Model, Plan, Privacy, Rounds, Task, Tuner
 from fedward.server.central.job import Job, Step
@@ -28,12 +30,15 @@ from fedward.server.registry_entries import add_run
 from fedward.server.registry_export import export, merge
 from fedward.server.registry_version import Version
 from fedward.server.store import Phase, RunStore
+from fedward.simulations.case import Options
+from fedward.simulations.simulate import run_simulation
 from fedward.tuning.adapter import from_bytes, load_adapter
 from fedward.tuning.models import fingerprint, load_base, resolve_model
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.tuners import attach
 from fedward.tuning.vector import dimension, replace_vector
 from tests.server.central.rig import build_base, make_step
+from tests.simulations import tiny
 
 QUIET = Console(file=io.StringIO())
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [11, 10, 9, 8, 7, 6, 5]])
@@ -247,6 +252,34 @@ def test_a_version_whose_base_is_gone_says_so(base, registry, tmp_path):
     registry.verify("notes")
     with pytest.raises(ModelError, match="--base"):
         export(registry, "notes", "model", tmp_path / "out")
+    words = ["models", "export", "notes", "--out", str(tmp_path / "out"), "--base", str(base)]
+    done = CliRunner().invoke(app, [*words, "--registry", str(registry.folder)])
+    assert done.exit_code == 0, done.output
+    assert "its model card" in done.stdout
+    merged = CliRunner().invoke(
+        app, ["models", "merge", "notes", "--registry", str(registry.folder), "--json"]
+    )
+    assert json.loads(merged.stdout)[0]["version"] == "notes:2"
+
+
+def test_a_simulation_ends_in_the_registry_once(tmp_path):
+    rows = [row for name in "abc" for row in tiny.make_rows(name, 6)]
+    data = tiny.write_data(tmp_path / "data", rows)
+    tiny.write_data(data, tiny.make_rows("d", 6), "test")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(tiny.plan_text(tiny.build_base(tmp_path / "base")))
+    options = Options(
+        plan=plan, data=data, model=None, out=tmp_path / "out", compare=False, resume=True
+    )
+    for _ in range(2):
+        run_simulation(options, QUIET)
+    registry = Registry.there(tmp_path / "registry")
+    (version,) = registry.all()
+    registry.verify(version.title)
+    assert (version.title, version.kind) == ("tiny:1", "classifier")
+    assert {"accuracy", "loss"} <= version.metrics.keys()
+    federated = (tmp_path / "out" / "run" / "models" / "federated.safetensors").read_bytes()
+    assert (registry.path("tiny") / "adapter.safetensors").read_bytes() == federated
 
 
 def test_nothing_that_does_not_verify_is_merged_or_exported(base, registry, tmp_path):
