@@ -1,0 +1,115 @@
+"""Every tuner x objective x scheme x privacy that sites train, as whole federations in miniature.
+
+python -m tests.simulations.matrix               # run them, and print the table
+python -m tests.simulations.matrix --write       # and put it into docs/federated-methods.md
+"""
+
+import dataclasses
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedward.errors import FedwardError
+from fedward.plan import Data, Plan, Task, Tuner
+from fedward.plan_aggregation import Aggregation
+from fedward.tuning.adapter import from_bytes
+from fedward.tuning.tuned import tuned_model
+from tests.simulations import tiny
+
+PAGE = Path(__file__).parents[2] / "docs" / "federated-methods.md"
+TUNERS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "qlora (nf4)": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora + biases": {"bias": "lora_only", "lora_bias": True},
+}
+OBJECTIVES = ("classify", "sft")
+WAYS = ("fedavg", "ffa", "alternating", "sketch-once", "pooled")
+PRIVACY = ("epsilon 8", "none")
+WORKS = "yes"
+
+Cell = tuple[str, str, str, str]
+
+
+def cells() -> list[Cell]:
+    """Tuner, objective, way and privacy."""
+    return list(itertools.product(TUNERS, OBJECTIVES, WAYS, PRIVACY))
+
+
+def plan_of(base: Path, cell: Cell) -> Plan:
+    """Two rounds of one step over the tiny Llama."""
+    tuner, objective, way, privacy = cell
+    arguments = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]} | TUNERS[tuner]
+    scheme: Any = "fedavg" if way == "pooled" else way
+    given: dict[str, Any] = {
+        "mode": "pooled" if way == "pooled" else "local",
+        "tuner": Tuner(arguments=arguments),
+        "rounds": tiny.make_rounds(optimizer="sgd", learning_rate=0.1),
+        "aggregation": Aggregation(scheme=scheme, update_clip=10.0),
+    }
+    if objective == "sft":
+        given["task"] = Task(objective="sft", max_length=16)
+        given["data"] = Data(unit="patient", site="hospital")
+    if privacy == "none":
+        given["privacy"] = tiny.NAKED
+    plan = tiny.make_plan(base, **given)
+    if tuner.startswith("qlora"):
+        plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, quantize="nf4"))
+    return plan
+
+
+def outcome(base: Path, folder: Path, cell: Cell) -> str:
+    """``yes`` if both rounds were committed by all sites and something moved; else what refused."""
+    try:
+        plan = plan_of(base, cell)
+        start = from_bytes(tuned_model(plan).start)
+        sites = tiny.recorders(tiny.make_sites(3))
+        after = from_bytes(tiny.make_federation(folder, plan, sites).run())
+    except FedwardError as error:
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+    assert tiny.cohorts(folder) == [[0, 1, 2]] * 2, cell
+    assert all(torch.isfinite(part).all() for part in after.values()), cell
+    moved = [name for name in start if not torch.equal(start[name], after[name])]
+    assert moved, f"{cell}: nothing moved"
+    return WORKS
+
+
+def run() -> dict[Cell, str]:
+    """Every cell's outcome."""
+    with tempfile.TemporaryDirectory() as scratch:
+        base = tiny.build_base(Path(scratch) / "base")
+        return {
+            cell: outcome(base, Path(scratch) / str(number), cell)
+            for number, cell in enumerate(cells())
+        }
+
+
+def table(found: dict[Cell, str]) -> str:
+    """Rows of tuner and objective, columns of ways; with privacy / without."""
+    lines = [f"| tuner | objective | {' | '.join(WAYS)} |", "|---" * (2 + len(WAYS)) + "|"]
+    for tuner, objective in itertools.product(TUNERS, OBJECTIVES):
+        each = [" / ".join(found[tuner, objective, way, p] for p in PRIVACY) for way in WAYS]
+        lines.append(f"| {tuner} | {objective} | {' | '.join(each)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run every cell; print the table or put it into the page."""
+    found = run()
+    text = table(found)
+    sys.stdout.write(text + "\n")
+    if "--write" in sys.argv:
+        page = PAGE.read_text(encoding="utf-8")
+        before, rest = page.split("<!-- matrix -->\n")
+        after = rest.split("<!-- end -->")[1]
+        page = f"{before}<!-- matrix -->\n{text}\n<!-- end -->{after}"
+        PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
