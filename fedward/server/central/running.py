@@ -72,17 +72,16 @@ def run_job(
         DataError: Records that a stage cannot use.
         ModelError: A model that cannot be loaded, or a training that failed.
     """
-    for step in job.steps:
-        check_step(step)
+    for each in job.steps:
+        check_step(each)
     reports, titles = list[Report](), dict[str, str]()
     for named in job.order():
-        step: Step | Merge
-        if isinstance(named, Merge):
-            step, adapters = named, [_find(path, out, registry) for path in named.models]
-            report = _merge(named, out, adapters, resume=resume)
-            start = (named.models[0], base_of(out / named.name / "model"))
+        step = named if isinstance(named, Merge) else pinned(named, registry)
+        if isinstance(step, Merge):
+            adapters = [_find(path, out, registry) for path in step.models]
+            report = _merge(step, out, adapters, resume=resume)
+            start = (step.models[0], base_of(out / step.name / "model"))
         else:
-            step = pinned(named, registry)
             models = _models(step, out, registry)
             report = _run(step, out, console, models, callbacks, resume=resume)
             merged = out / step.name / "start"

@@ -1,7 +1,8 @@
 """Which tuner goes with which stage over which base: refused before any model is loaded.
 
-Every cell that this table allows is trained, saved, loaded and resumed by ``tests/server/central``;
-every cell that it refuses was tried and fails in the libraries or trains nothing.
+Every cell that this table allows is a slow test, which trains, saves, loads and resumes it; the
+default suite takes a sample. Which cells were run is said in ``docs/central-training.md``. What is
+refused fails in the libraries or trains nothing.
 """
 
 from typing import Literal

@@ -90,7 +90,7 @@ def build_experts(folder: Path, *, kind: str = "mixtral", layers: int = 1) -> Pa
         if kind == "mixtral":
             MixtralForCausalLM(MixtralConfig(num_local_experts=4, **shape)).save_pretrained(folder)
             return folder
-        inner = {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 32}
+        inner: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 32}
         Qwen3MoeForCausalLM(Qwen3MoeConfig(**inner, **shape)).save_pretrained(folder)
     return folder
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch import Tensor, nn
 
 from fedward.errors import ConfigurationError, DataError
 from fedward.plan import Model
@@ -58,6 +59,10 @@ def learn(knowing: Any, folder: Path, *, steps: int = 40, **keep: Any) -> Step:
             "save_strategy": "no",
         },
     )
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None}
 
 
 def risen(report: Any) -> float:
@@ -145,12 +150,11 @@ def test_the_pull_is_the_gradient_of_the_penalty(knowing, tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.current_gradient_accumulation_steps = 1
     trainer.training_step(trainer.model, dict(batch))
-    pulled = {name: p.grad.clone() for name, p in trainable(trainer.model).items()}
+    pulled = gradients(trainer.model)
     pulls, trainer.pulls = trainer.pulls, ()
     trainer.model.zero_grad()
     trainer.training_step(trainer.model, dict(batch))
-    trained = trainable(trainer.model)
-    free = {name: p.grad.clone() for name, p in trained.items()}
+    trained, free = trainable(trainer.model), gradients(trainer.model)
     penalty = sum(0.5 * (s * (p - start).square()).sum() for p, start, s in pulls)
     expected = torch.autograd.grad(penalty, list(trained.values()))
     for (name, _), wanted in zip(trained.items(), expected, strict=True):
@@ -167,9 +171,9 @@ def test_importance_is_the_mean_squared_gradient_of_single_rows(knowing, tmp_pat
     for row in list(rows)[:2]:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         model(input_ids=ids, labels=labels).loss.backward()
-        for name, parameter in trained.items():
-            expected[name] += parameter.grad.square()
-            parameter.grad = None
+        for name, gradient in gradients(model).items():
+            expected[name] += gradient.square()
+        model.zero_grad()
     mean = torch.cat([each.flatten() for each in expected.values()]).mean()
     for name, each in expected.items():
         torch.testing.assert_close(found[name], each / mean, atol=1e-4, rtol=1e-3)
@@ -257,8 +261,8 @@ def test_a_base_that_is_quantised_keeps_too(knowing, tmp_path):
         "sft",
         quantize="nf4",
         data=Data(train=str(write_rows(tmp_path / "new.jsonl", NEW))),
-        keep=Keep(data=str(knowing[1]), ewc=0.1, l2_sp=0.1, replay=0.2),
+        keep=Keep(data=str(knowing[1]), evaluation=str(knowing[1]), ewc=0.1, l2_sp=0.1, replay=0.2),
         model=Model(path=str(knowing[0]), quantize="nf4"),
     )
     (report,) = run(step, out=tmp_path / "out")
-    assert report["kept"] == {}
+    assert risen(report) > 0
