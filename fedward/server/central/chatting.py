@@ -94,14 +94,16 @@ class Conversation:
 
     def _fitting(self, said: str) -> tuple[list[int], int]:
         """Tokens to go on from, without the oldest turns where all are too long; how many those."""
-        room = max(
-            1, longest(self.opened.model, self.opened.tokenizer) - self.manner.max_new_tokens
-        )
-        for dropped in range(len(self.turns) + 1):
-            ids = open_ids(self._talk(self.turns[dropped:], said), self.opened.tokenizer)
-            if len(ids) <= room:
-                return ids, dropped
-        return ids[-room:], len(self.turns)
+        most = longest(self.opened.model, self.opened.tokenizer)
+        room, dropped = max(1, most - self.manner.max_new_tokens), 0
+        ids = self._ids(said, dropped)
+        while len(ids) > room and dropped < len(self.turns):
+            dropped += 1
+            ids = self._ids(said, dropped)
+        return ids[-room:], dropped
+
+    def _ids(self, said: str, dropped: int) -> list[int]:
+        return open_ids(self._talk(self.turns[dropped:], said), self.opened.tokenizer)
 
     def _talk(self, turns: list[tuple[str, str]], said: str) -> Talk:
         if self.plain:

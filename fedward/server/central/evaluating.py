@@ -244,7 +244,8 @@ def _ratio(over: npt.NDArray[np.float64], under: npt.NDArray[np.float64]) -> flo
 def _spearman(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return math.nan  # no order
-    return float(spearmanr(one, other).statistic)
+    found: Any = spearmanr(one, other)
+    return float(found.statistic)
 
 
 def _confusion(numbers: Numbers, classes: int) -> npt.NDArray[np.int64]:

@@ -28,9 +28,10 @@ def run_harness(opened: Opened, task: str, folder: Path, *, batch_size: int) -> 
         ConfigurationError: No such folder or task, or one that cannot be run.
         ModelError: The model is no language model.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    # An extra, so that a type checker may miss it.
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     if opened.kind != "language":
         raise ModelError(f"{opened.name}: a {opened.kind} model; the harness asks language models")

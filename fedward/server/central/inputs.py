@@ -89,6 +89,7 @@ def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> 
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     if ids:
         return ids
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
         raise ModelError("the text is empty, and the tokenizer has no end token to stand for it")
-    return [int(tokenizer.eos_token_id)]  # a model cannot attend to no token at all
+    return [end]  # a model cannot attend to no token at all

@@ -213,7 +213,8 @@ class _Reader:
     """Scores of the rows read so far."""
 
     def __init__(self, opened: Opened, rows: Rows, asked: Asked) -> None:
-        self.model, self.tokenizer, self.kind = opened.model, opened.tokenizer, opened.kind
+        self.model, self.tokenizer = opened.model, opened.tokenizer
+        self.kind: Kind = opened.kind
         self.rows, self.asked = rows, asked
         self.most = longest(self.model, self.tokenizer)
         self.numbers = dict[str, list[float]]()

@@ -90,7 +90,7 @@ class _Mlflow(_Tracker):
     """One experiment in ``mlflow.db``, a run for each step of the job."""
 
     def begin(self) -> None:
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  # an extra
 
         self.client = MlflowClient(f"sqlite:///{self.folder.resolve() / 'mlflow.db'}")
         experiment = self.client.get_experiment_by_name(self.folder.name)

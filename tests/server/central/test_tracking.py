@@ -23,7 +23,7 @@ def points_of_tensorboard(out: Path) -> list[tuple[int, float]]:
 
 
 def points_of_mlflow(out: Path) -> list[tuple[int, float]]:
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  # an extra
 
     client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(out.name)
