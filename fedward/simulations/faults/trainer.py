@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
-from fedward.client.remote_trainer import RemoteTrainer
+from fedward.client.remote_trainer import RemoteTrainer, _Forgotten
 from fedward.client.trainer import LocalTrainer
 from fedward.client.trainer_service import TrainerService
 from fedward.client.training import TrainRequest, TrainResult
@@ -96,18 +96,27 @@ class SimulatedTrainer(RemoteTrainer):
     ) -> _T:
         """As over the socket: a trainer that dies is started again and asked once more."""
         task.adapter_bytes = len(adapter)
-        asked = [wire.Asked(task=task), wire.Asked(adapter=adapter)]
-        for _ in range(2):
+        tries_left = 2
+        while tries_left:
+            asked = [wire.Asked(task=task)]
+            if not task.kept:
+                asked.append(wire.Asked(adapter=adapter))
             call = method(cast("rpc.TrainerStub", self._service))
             with self._working():
                 answers = call(iter(asked), cast("grpc.ServicerContext", _Context()))
                 try:
                     return read(answers)
+                except _Forgotten:  # a trainer that was started again
+                    if not task.kept:
+                        raise
+                    task.kept = b""
+                    continue
                 except FedwardError:
                     if not self._ended(answers):
                         raise
                 finally:
                     self._ended(answers)
+            tries_left -= 1
         raise ModelError("the trainer died at its task twice, perhaps for want of memory")
 
 
