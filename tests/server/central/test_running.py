@@ -248,6 +248,8 @@ def test_the_commands(base, tmp_path):
     assert told.exit_code == 0, told.output
     (report,) = json.loads(told.stdout)
     assert report["steps"] == 1
+    assert (out / "curves.html").exists()
+    assert (out / "told" / "curves.png").exists()
     data = write_rows(tmp_path / "in.jsonl", [{"prompt": "sign"}])
     asked = ["predict", report["model"], "--data", str(data), "--out", str(tmp_path / "said.jsonl")]
     told = CliRunner().invoke(app, [*asked, "--max-new-tokens", "2", "--json"])
