@@ -221,7 +221,7 @@ def parts_of(records: RecordDict) -> dict[str, bytes]:
     """The parts that a letter's records hold, still unchecked.
 
     Raises:
-        IdentityError: An array among them is more than bytes.
+        IdentityError: An array among them is more than bytes, or a part is there twice.
     """
     config = records.config_records.get("letter", ConfigRecord())
     arrays = records.array_records.get("parts", ArrayRecord())
@@ -230,6 +230,8 @@ def parts_of(records: RecordDict) -> dict[str, bytes]:
         for name, data in config.items()
         if name.startswith(_PART) and isinstance(data, bytes)
     }
+    if small.keys() & arrays.keys():
+        raise IdentityError("a letter has two parts of one name")
     return small | {name: _from_array(array) for name, array in arrays.items()}
 
 

@@ -106,6 +106,11 @@ def add_array(records):
     records["parts"]["message"] = Array(dtype="uint8", shape=(0,), stype="raw", data=b"")
 
 
+def hide_part(records):
+    records["parts"]["message"] = Array(dtype="uint8", shape=(3,), stype="raw", data=b"abc")
+    records["letter"]["part.message"] = b"abd"  # nobody signed this one
+
+
 def remove_part(records):
     del records["letter"]["part.empty"]
 
@@ -144,6 +149,7 @@ def grow_header(records):
         change_array,
         add_part,
         add_array,
+        hide_part,
         remove_part,
         remove_array,
         retype_part,

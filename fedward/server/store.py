@@ -166,7 +166,7 @@ class RunStore:
         if not path.exists():
             failpoints.hit("store.blob")
             write_private(path, data)
-        self._newest = {**dict(list(self._newest.items())[-1:]), name: (file_state(path), data)}
+            self._newest = {**dict(list(self._newest.items())[-1:]), name: (file_state(path), data)}
         return name
 
     def blob(self, name: str) -> bytes:

@@ -69,5 +69,8 @@ def test_blobs_come_back_and_damage_is_noticed(store, tmp_path):
     (tmp_path / "blobs" / name).write_bytes(b"adaptor")
     with pytest.raises(RoundError, match="damaged"):
         store.blob(name)
+    store.put_blob(b"adapter")  # again, which writes nothing
+    with pytest.raises(RoundError, match="damaged"):
+        store.blob(name)
     with pytest.raises(RoundError, match="missing"):
         store.blob("0" * 64)
