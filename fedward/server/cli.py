@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedward import typed_toml
-from fedward.errors import RoundError
+from fedward.errors import ConfigurationError, RoundError
 from fedward.plan import load_plan
 from fedward.private_files import write_private
 from fedward.server.coordinator_folder import CoordinatorFolder
@@ -84,6 +84,10 @@ def start(
         + ("" if even == odd else f", and {even:,} in even rounds"),
         highlight=False,
     )
+    if max(odd, even) >= (most := found.config().max_letter) << 20:
+        raise ConfigurationError(
+            f"coordinator.toml takes {most} MiB of a site: raise max_letter, and restart serve"
+        )
     with open_control(found) as control:
         _show([control.start(called, frozen, adapter, layout)], json_output)
 

@@ -26,6 +26,7 @@ class CoordinatorConfig:
             0 to 3600.
         runs_at_once: Runs that are open side by side, 1 to 16; their rounds take turns. With 1, one
             run follows the other. A site's trainer keeps the models of two runs loaded.
+        max_letter: Most MiB of one answer of a site, 1 to 4096: its masked words need the most.
     """
 
     host: str
@@ -33,6 +34,7 @@ class CoordinatorConfig:
     listen: str = "0.0.0.0"  # noqa: S104  # sites come from outside
     away: int = 30
     runs_at_once: int = 2
+    max_letter: int = 1024
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -46,6 +48,8 @@ class CoordinatorConfig:
             raise InvalidValue("away", self.away, "0 to 3600")
         if not 1 <= self.runs_at_once <= 16:
             raise InvalidValue("runs_at_once", self.runs_at_once, "1 to 16")
+        if not 1 <= self.max_letter <= 4096:
+            raise InvalidValue("max_letter", self.max_letter, "1 to 4096")
 
     @property
     def address(self) -> str:

@@ -19,6 +19,7 @@ from flwr.proto.fleet_pb2 import (
     DeactivateNodeRequest,
     PullMessagesRequest,
     PushMessagesRequest,
+    PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
@@ -39,7 +40,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from fedward.server.enrolment import AsgiApp, Receive, Scope, Send, read_body, respond
-from fedward.server.pushes import is_own_reply
+from fedward.server.pushes import Intake, is_own_reply
 from fedward.server.superlink import open_states
 
 _LOG = logging.getLogger(__name__)
@@ -62,6 +63,17 @@ def _push_object(asked: PushObjectRequest, state: LinkState) -> PushObjectRespon
             asked.run_id, asked.session_id, asked.object_id, asked.object_content
         )
     )
+
+
+def _may(asked: Message, intake: Intake) -> bool:
+    """Whether a member may push what it does."""
+    if isinstance(asked, PushMessagesRequest):
+        if not is_own_reply(asked):
+            return False
+        return intake.may_announce(asked.messages_list[0].metadata.reply_to_message_id)
+    if isinstance(asked, PushObjectRequest):
+        return intake.take(asked.session_id, len(asked.object_content))
+    return True
 
 
 _PREFIX = "/v1/fleet/"
@@ -91,6 +103,9 @@ _CALLS: Mapping[str, tuple[type[Message], Callable[[Any, LinkState], Message]]] 
 FLEET_PATHS = frozenset(_CALLS)
 """All of Flower that the public port shows: no registration, no run data, no code bundles."""
 
+_SMALL_BODY = 1 << 17
+"""Most bytes of a request that brings no object: what a stranger can make this process parse."""
+
 _THREADS = 2
 """The database has one writer at a time: more threads would only wait for each other."""
 
@@ -99,22 +114,24 @@ _UNEXPECTED = (ArithmeticError, AssertionError, AttributeError, LookupError, Run
 """What Flower raises on requests that somebody made up, and where its database cannot be used."""
 
 
-def fleet_app(database: Path, most_body: int) -> AsgiApp:
+def fleet_app(database: Path, most_body: int, most_reply: int = 1 << 30) -> AsgiApp:
     """The application that answers :data:`FLEET_PATHS` over Flower's database.
 
     Args:
         database: Flower's file.
-        most_body: Most bytes of a request.
+        most_body: Most bytes of a request that brings an object.
+        most_reply: Most bytes of the objects of one reply.
 
     Guarantees:
         Every call is authenticated as Flower does it: by the node key of the node that it names. A
-        member pushes only its own replies (:func:`~fedward.server.pushes.is_own_reply`). Errors go
-        out as a bare status.
+        member pushes only its own replies (:func:`~fedward.server.pushes.is_own_reply`), and of
+        each only so much (:class:`~fedward.server.pushes.Intake`). Errors go out as a bare status.
     """
     states = open_states(database)
     state = states.state()
     flower = SimpleNamespace(state=SimpleNamespace(linkstate_factory=states))
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="fleet")
+    intake = Intake(most_reply)
 
     def answer(scope: Scope, body: bytes) -> tuple[int, bytes]:
         kind, handle = _CALLS[scope["path"]]
@@ -122,9 +139,13 @@ def fleet_app(database: Path, most_body: int) -> AsgiApp:
         try:
             asked = request.state.protobuf_request = kind.FromString(body)
             authenticate_node(request)
-            if isinstance(asked, PushMessagesRequest) and not is_own_reply(asked):
+            if not _may(asked, intake):
                 return 403, b""
-            return 200, handle(asked, state).SerializeToString()
+            answer = handle(asked, state)
+            if isinstance(answer, PushMessagesResponse) and answer.objects_to_push:
+                letter = asked.messages_list[0].metadata.reply_to_message_id
+                intake.announced(letter, answer.session_id)
+            return 200, answer.SerializeToString()
         except DecodeError:
             return 400, b""
         except HTTPException as error:
@@ -136,7 +157,8 @@ def fleet_app(database: Path, most_body: int) -> AsgiApp:
             return 500, b""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_body(receive, most_body)
+        brings = _CALLS[scope["path"]][0] is PushObjectRequest
+        body = await read_body(receive, most_body if brings else _SMALL_BODY)
         if body is None:
             await respond(send, 413)
             return

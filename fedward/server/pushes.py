@@ -5,6 +5,9 @@ it is this node's, or a reply at all: a member could put letters into another's 
 or announce objects until they fill the disk.
 """
 
+import threading
+from dataclasses import dataclass
+
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 
@@ -17,14 +20,16 @@ def is_own_reply(request: PushMessagesRequest) -> bool:
 
     Guarantees:
         What a member makes the coordinator store for one letter is at most :data:`MOST_OBJECTS`
-        objects of one request each: Flower takes one reply to a letter, and of objects only those
-        that a reply has announced.
+        objects: Flower takes one reply to a letter, of objects only those that a reply has
+        announced, and to one root no second tree; so the root must be the reply itself. How many
+        bytes they have is for :class:`Intake` to say.
     """
     if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
         return False
     said = request.messages_list[0].metadata
     own = said.reply_to_message_id != "" and said.src_node_id == request.node.node_id
-    return own and _few(request.message_object_trees[0])
+    tree = request.message_object_trees[0]
+    return own and tree.object_id == said.message_id and _few(tree)
 
 
 def _few(tree: ObjectTree) -> bool:
@@ -33,3 +38,55 @@ def _few(tree: ObjectTree) -> bool:
         todo += todo.pop().children
         left -= 1
     return not todo
+
+
+_PUSHES = 4  # of the reply to a letter: a site that starts anew gets its letter again twice
+_KNOWN = 4096
+
+
+@dataclass
+class _Taken:
+    """What has come in reply to one letter."""
+
+    pushes: int = 1
+    size: int = 0
+
+
+class Intake:
+    """How much has come in reply to each letter, and whether there may be more; thread-safe.
+
+    Args:
+        most_bytes: Most bytes of the objects of one reply.
+
+    Guarantees:
+        While this process lives, the reply to a letter is announced a few times and has
+        ``most_bytes`` at most. Objects of a reply that was not announced to it are refused.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most, self._lock = most_bytes, threading.Lock()
+        self._letters, self._sessions = dict[str, _Taken](), dict[str, _Taken]()
+
+    def may_announce(self, letter: str) -> bool:
+        """Whether the reply to a letter may be announced, perhaps once more."""
+        with self._lock:
+            taken = self._letters.get(letter, _Taken(pushes=0))
+            taken.pushes += 1
+            return taken.pushes <= _PUSHES
+
+    def announced(self, letter: str, session: str) -> None:
+        """Note a reply that Flower has taken, and the session in which its objects will come."""
+        with self._lock:
+            self._sessions[session] = self._letters.setdefault(letter, _Taken())
+            for known in (self._letters, self._sessions):
+                if len(known) > _KNOWN:
+                    del known[next(iter(known))]
+
+    def take(self, session: str, size: int) -> bool:
+        """Whether an object of so many bytes may come in a session; if so, it counts."""
+        with self._lock:
+            taken = self._sessions.get(session)
+            if taken is None or taken.size + size > self._most:
+                return False
+            taken.size += size
+            return True

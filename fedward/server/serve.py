@@ -59,7 +59,7 @@ def run_link(folder: CoordinatorFolder, stop: threading.Event) -> None:
     state = open_state(folder.fleet_database)
     _admit(folder, state)
     front = Front(
-        fleet_app(folder.fleet_database, MAX_BODY),
+        fleet_app(folder.fleet_database, MAX_BODY, config.max_letter << 20),
         enrolment_app(folder, on_change=lambda: _admit(folder, state)),
     )
     gc.freeze()  # what was imported stays: it need not be looked through again and again

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Error, Message, RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import LinkState as LinkState  # for who imports it here
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.serverapp import Grid
@@ -35,11 +36,13 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
+from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import (
     get_federation_manager,
     get_objectstore_linkstate_factories,
 )
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import OperationalError
 
 from fedward.errors import IdentityError, RoundError
@@ -198,7 +201,9 @@ class LinkGrid(Grid):
         return self._state.get_nodes(self._run.run_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Put messages into the database; returns the ids under which replies will be found."""
+        """Put messages into the database; their nodes need not answer older ones any more."""
+        messages = list(messages)
+        self._give_up({message.metadata.dst_node_id for message in messages})
         activations = self._activations()
         ids = []
         with no_object_id_recompute():  # what several messages hold is hashed once
@@ -251,9 +256,12 @@ class LinkGrid(Grid):
 
         def store() -> bool:
             session = state.start_session(run)
-            stored, missing = state.store_message_and_object_tree(
-                remove_content_from_message(message), get_object_tree(message), session
-            )
+            header, tree = remove_content_from_message(message), get_object_tree(message)
+            try:
+                stored, missing = state.store_message_and_object_tree(header, tree, session)
+            except ValueError:
+                _evict(state, tree)
+                stored, missing = state.store_message_and_object_tree(header, tree, session)
             for number, item in get_all_nested_objects(message).items():
                 if stored and number in missing:
                     state.store_object(run, session, number, item.deflate())
@@ -340,6 +348,15 @@ class LinkGrid(Grid):
         # The header is the database's, because the site wrote the other one.
         return make_message(header.metadata, content=message.content)
 
+    def _give_up(self, nodes: set[int]) -> None:
+        """Remove what these nodes have not answered, with as much of a reply as there is."""
+        for number, old in list(self._pending.items()):
+            if old.message.metadata.dst_node_id in nodes:
+                self._look({number: old})
+                found = [] if old.reply is None else [old.reply.metadata.message_id]
+                retry_busy(partial(self._clean, number, *found))
+                del self._pending[number]
+
     def _clean(self, *numbers: str) -> None:
         """Remove a message and its reply with everything that belongs to them."""
         for number in numbers:
@@ -360,6 +377,20 @@ def _open_run(state: LinkState) -> tuple[Run, int]:
     if state.claim_task(task.task_id) is None or not state.activate_task(task.task_id):
         raise RoundError("Flower does not start its run: its database cannot be used")
     return runs[0], task.task_id
+
+
+def _evict(state: LinkState, tree: ObjectTree) -> None:
+    """Remove objects of a message that a member has announced with other children, if he knew."""
+    number, named = StoredObject.object_id, StoredObject.ref_count
+    with state.session() as session:
+        for node in iterate_object_tree(tree):
+            known = select(ObjectChild.child_id).where(ObjectChild.parent_id == node.object_id)
+            theirs = set(session.scalars(known))
+            if theirs != {child.object_id for child in node.children}:
+                session.execute(
+                    update(StoredObject).where(number.in_(theirs)).values(ref_count=named - 1)
+                )
+                session.execute(delete(StoredObject).where(number == node.object_id))
 
 
 def _lost(header: Message) -> Message:

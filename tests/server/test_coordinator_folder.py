@@ -70,6 +70,8 @@ def test_the_address_is_the_one_that_sites_use(host, address):
         {"away": 4000},
         {"runs_at_once": 0},
         {"runs_at_once": 17},
+        {"max_letter": 0},
+        {"max_letter": 4097},
     ],
 )
 def test_a_senseless_configuration_is_refused(change):
