@@ -332,16 +332,16 @@ class Plan:
     def _check_pooled(self) -> None:
         """Refuse what a step over all sites together has no meaning for."""
         rounds, aggregation = self.rounds, self.aggregation
+        scheme, ratio = aggregation.scheme, rounds.learning_rate / rounds.normaliser
         for holds, key, value, allowed in (
             (rounds.steps == 1, "steps", rounds.steps, "1"),
             (rounds.optimizer == "sgd", "optimizer", rounds.optimizer, "'sgd'"),
             (rounds.proximal == 0, "proximal", rounds.proximal, "0"),
-            (
-                aggregation.scheme in {"fedavg", "ffa"},
-                "scheme",
-                aggregation.scheme,
-                "'fedavg', 'ffa'",
-            ),
+            # Far from where float32 ends, with any clip and any number of units.
+            (1e-9 <= ratio <= 1e9, "learning_rate / normaliser", ratio, "1e-9 to 1e9"),
+            # Whoever has added a share of the noise can take it away again.
+            (self.cohort.colluders >= 1, "colluders", self.cohort.colluders, "1 or more"),
+            (scheme in {"fedavg", "ffa"}, "scheme", scheme, "'fedavg' or 'ffa'"),
             (aggregation.word_bits == 32, "word_bits", aggregation.word_bits, "32"),
             (aggregation.weights is None, "weights", aggregation.weights, "none"),
         ):

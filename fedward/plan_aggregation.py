@@ -73,6 +73,8 @@ class Aggregation:
         steady = self.scheme not in {"alternating", "sketch-once"}
         allowed = f"'none' with {self.scheme!r}"
         require(steady or self.optimizer == "none", "optimizer", self.optimizer, allowed)
+        once = self.scheme == "sketch-once"  # a product is not linear in its factors
+        require(not once or rate == 1, "server_learning_rate", rate, f"1 with {self.scheme!r}")
         for name, weight in (self.weights or {}).items():
             holds = type(weight) is float and 1e-9 <= weight <= 1e9
             require(holds, f"weights.{name}", weight, "a number, 1e-9 to 1e9")

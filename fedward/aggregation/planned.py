@@ -36,6 +36,8 @@ def planned_session(
     """
     sites = len(roster.members)
     aggregation, metrics = plan.aggregation, plan.metrics
+    if plan.cohort.minimum > sites:
+        raise InvalidValue("minimum", plan.cohort.minimum, f"at most the {sites} sites there are")
     noise = noise_share(plan, dimension) if plan.mode == "pooled" else 0.0
     return SessionParameters(
         attempt=attempt,

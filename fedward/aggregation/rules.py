@@ -57,9 +57,10 @@ class Rule:
         Returns:
             ``(words,)`` float32.
         """
+        clip = self.settings.update_clip
         if not self.recomputes:
-            update = sketch(update, self.trained, self._key)
-        return clip_update(update, self.settings.update_clip)
+            update = sketch(update, self.trained, self._key, clip)
+        return clip_update(update, clip)
 
     def advance(
         self, start: Vector, moments: Moments, mean: npt.NDArray[np.float64]
@@ -73,9 +74,7 @@ class Rule:
         """
         if self.recomputes:
             return next_state(start, moments, mean, self.settings)
-        return rebuild(
-            start, self.settings.server_learning_rate * mean, self.trained, self._key
-        ), {}
+        return rebuild(start, mean, self.trained, self._key, self.settings.update_clip), {}
 
     def accept(
         self,
@@ -100,8 +99,8 @@ class Rule:
             return next_state(start, moments, mean, self.settings)
         if published is None:
             raise ProtocolError(f"a task of {self.settings.scheme!r} needs the adapter")
-        mean = self.settings.server_learning_rate * mean
-        check_rebuilt(start, mean, self.trained, self._key, published)
+        clip = self.settings.update_clip
+        check_rebuilt(start, mean, self.trained, self._key, clip, published)
         return published, {}
 
     @property

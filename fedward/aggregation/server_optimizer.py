@@ -57,7 +57,7 @@ def next_state(
 def _numbers(moments: Moments, name: str, mean: _Numbers, settings: Aggregation) -> _Numbers:
     """One moment in float64; in the first round 0, and tau squared for the second moment."""
     if not moments:
-        return np.full_like(mean, settings.tau**2 if name == "second" else 0.0)
+        return np.full_like(mean, settings.tau * settings.tau if name == "second" else 0.0)
     moment = moments[name].astype(np.float64)
     if moment.shape != mean.shape or (name == "second" and moment.min(initial=0.0) < 0):
         raise ProtocolError(f"the optimizer's {name} moment does not fit the update")

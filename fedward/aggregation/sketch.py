@@ -12,6 +12,7 @@ The mean is exact where the covariance has at most rank s: (K - 1)·r for K site
 nothing in common. Sketches are functions of updates that are private already: they cost nothing.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,9 +26,9 @@ from fedward.privacy.noise import SecureStream
 
 Numbers = npt.NDArray[np.float64]
 
-TOLERANCE = 1e-4
-"""How far a rebuilt product may be from the best one, relative to the product; SVD libraries differ
-in their last bits."""
+TOLERANCE = 1e-5
+"""How far a published product may be from the best one, relative to it; SVD libraries differ in
+their last bits, and factors are float32."""
 
 _OVERSAMPLING = 4
 
@@ -82,26 +83,33 @@ def sketched_words(layout: Layout) -> int:
     return sum(pair.words + pair.r * (pair.m + pair.n) for pair in pairs) + len(rest)
 
 
-def sketch(update: Vector, layout: Layout, key: bytes) -> Vector:
+def sketch(update: Vector, layout: Layout, key: bytes, clip: float) -> Vector:
     """A site's update, and behind it the sketches of b·a of each layer.
 
     Args:
         update: ``(d,)`` float32: the trained parameters less the start.
         layout: Of the update.
         key: Public, another one for each round; fixes Ω and Ψ.
+        clip: L2 bound of the result, > 0. A longer update is scaled down before it is sketched: b·a
+            shrinks with its square.
 
     Returns:
-        ``(sketched_words(layout),)`` float32, not clipped yet.
+        ``(sketched_words(layout),)`` float32.
     """
     parts = list[Numbers]()
     for pair in _parts(layout)[0]:
         b, a = pair.factors(update)
         omega, psi = pair.matrices(key)
         parts += [(b @ (a @ omega)).ravel(), ((psi.T @ b) @ a).ravel()]
-    return np.concatenate([update, *parts]).astype(np.float32)
+    sketches = np.concatenate([np.zeros(0), *parts])
+    first, second = (float(v @ v) for v in (update.astype(np.float64), sketches))
+    f = 1.0
+    if first + second > clip**2:  # the f for which f^2 * first + f^4 * second = clip^2
+        f = math.sqrt(2 * clip**2 / (first + math.sqrt(first**2 + 4 * second * clip**2)))
+    return np.concatenate([f * update, f * f * sketches]).astype(np.float32)
 
 
-def rebuild(start: Vector, mean: Numbers, layout: Layout, key: bytes) -> Vector:
+def rebuild(start: Vector, mean: Numbers, layout: Layout, key: bytes, clip: float) -> Vector:
     """The next trained parameters from the mean of what sites sent.
 
     A comes out with orthonormal rows, the products' size in B: so a direction that the mean does
@@ -112,12 +120,14 @@ def rebuild(start: Vector, mean: Numbers, layout: Layout, key: bytes) -> Vector:
         mean: ``(sketched_words(layout),)`` float64.
         layout: Of ``start``.
         key: The round's, as in :func:`sketch`.
+        clip: The same. No honest b·a is longer than its square: a rebuilt covariance that is was
+            made up by a site that knows Ψ, and is scaled down to it.
 
     Raises:
         ProtocolError: A mean of another length.
     """
     after = np.zeros_like(start)
-    for pair, left, right in _products(start, mean, layout, key):
+    for pair, left, right in _products(start, mean, layout, key, clip):
         (q, upper), (p, lower) = np.linalg.qr(left), np.linalg.qr(right.T)
         u, sizes, v = np.linalg.svd(upper @ lower.T, full_matrices=False)
         kept = min(pair.r, len(sizes))
@@ -130,28 +140,34 @@ def rebuild(start: Vector, mean: Numbers, layout: Layout, key: bytes) -> Vector:
     return after
 
 
-def check_rebuilt(start: Vector, mean: Numbers, layout: Layout, key: bytes, after: Vector) -> None:
+def check_rebuilt(
+    start: Vector, mean: Numbers, layout: Layout, key: bytes, clip: float, after: Vector
+) -> None:
     """Check that published parameters are what :func:`rebuild` makes of a published mean.
 
     Raises:
-        ProtocolError: A product is farther from the rebuilt mean than the best of its rank, by more
-            than :data:`TOLERANCE` of the product; or another parameter differs in any bit.
+        ProtocolError: A product is off the best of its rank by more than :data:`TOLERANCE` of the
+            rebuilt mean, or the rows of its A are not orthonormal by as much; or another parameter
+            differs in any bit.
     """
     rest = _parts(layout)[1]
     expected = next_vector(start[rest], mean[rest])
     if after.shape != start.shape or after[rest].tobytes() != expected.tobytes():
         raise ProtocolError("the parameters beside the products are not what the sum gives")
-    for pair, left, right in _products(start, mean, layout, key):
+    for pair, left, right in _products(start, mean, layout, key, clip):
         b, a = pair.factors(after)
         sizes = np.linalg.svd(_core(left, right), compute_uv=False)
-        off = float(np.linalg.norm(_core(np.hstack([left, -b]), np.vstack([right, a]))))
-        allowed = (1 + TOLERANCE) * np.linalg.norm(sizes[pair.r :])
-        if not off <= allowed + TOLERANCE * np.linalg.norm(sizes):
+        tail, size = np.linalg.norm(sizes[pair.r :]), np.linalg.norm(sizes)
+        off = np.linalg.norm(_core(np.hstack([left, -b]), np.vstack([right, a])))
+        upright = np.diag(np.arange(pair.r) < len(sizes)).astype(np.float64)
+        turned = np.linalg.norm(a @ a.T - upright)
+        # What is off the best of its rank is nearly orthogonal to what no such rank can have.
+        if not (off**2 - tail**2 <= (TOLERANCE * size) ** 2 and turned <= TOLERANCE):
             raise ProtocolError(f"the product of {pair.name} is not what the published sum gives")
 
 
 def _products(
-    start: Vector, mean: Numbers, layout: Layout, key: bytes
+    start: Vector, mean: Numbers, layout: Layout, key: bytes, clip: float
 ) -> Iterator[tuple[_Pair, Numbers, Numbers]]:
     """For each layer two thin matrices, (m x k) and (k x n), whose product is the mean's."""
     if mean.shape != (sketched_words(layout),):
@@ -166,6 +182,7 @@ def _products(
         w = mean[end:place].reshape(pair.height, pair.n) - (psi.T @ db) @ da
         q = np.linalg.qr(y)[0]
         x = np.linalg.lstsq(psi.T @ q, w, rcond=None)[0]
+        x *= min(1.0, clip**2 / max(float(np.linalg.norm(x)), 1e-300))
         yield pair, np.hstack([b + db, q]), np.vstack([a + da, x])
 
 

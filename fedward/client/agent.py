@@ -29,6 +29,7 @@ from fedward.client.approval import Consent
 from fedward.client.codes import LIBRARY_ERRORS, code_of, reason_of, safe_repr
 from fedward.client.journal import Journal, answer_facts, reservation_facts
 from fedward.client.last_round import (
+    check_first,
     check_named,
     read_cohort,
     read_committed,
@@ -225,6 +226,7 @@ class Agent:
         if attempt.round > plan.rounds.count:
             raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
         adapter = self._adapter(letter, plan, layout, fallen)
+        check_first(attempt, adapter)
         draw = self._ledger.spent_in(attempt)
         request = TrainRequest(
             plan=plan,
@@ -233,6 +235,9 @@ class Agent:
             adapter=without_moments(adapter),
             layout=layout,
         )
+        # Before anything is as large as the layout says, and the ledger commits a run to this plan.
+        self._trainer.prepare(request)
+        failpoints.hit("agent.prepared")
         expected = planned_session(
             plan,
             self._roster,
@@ -240,8 +245,6 @@ class Agent:
             task_hash=task_hash(adapter, plan.hash(), plan.aggregation.scheme),
             dimension=request.rule.words,
         )
-        self._trainer.prepare(request)  # before the ledger commits a whole run to this plan
-        failpoints.hit("agent.prepared")
         self._memory.keep_task(attempt, adapter)
         failpoints.hit("agent.kept")
         self._ledger.open_run(
@@ -269,12 +272,7 @@ class Agent:
             memory=self._memory,
             expected=expected,
         )
-        self._work = _Work(
-            request=request,
-            result=result,
-            expected=expected,
-            session=session,
-        )
+        self._work = _Work(request=request, result=result, expected=expected, session=session)
         self._answers.clear()
         return SiteCode.READY
 
@@ -330,6 +328,7 @@ class Agent:
         if self._memory.cohort(committed) not in {None, cohort}:
             raise ProtocolError("the published cohort is not the one this site signed")
         rule = Rule(settings=plan.aggregation, layout=layout, attempt=then)
+        start = vector_of(before, rule.trained)  # it is there: so large is the layout
         parameters = planned_session(
             plan, self._roster, committed, task_hash=bytes(32), dimension=rule.words
         )
@@ -339,7 +338,6 @@ class Agent:
         check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
         given = letter.parts.get("adapter")
         published = None if given is None else vector_of(given, rule.trained)
-        start = vector_of(before, rule.trained)
         vector, moments = rule.accept(start, moments_of(before), mean, published)
         expected = replace_vector(before, rule.trained, vector, moments)
         if given is not None and given != expected:

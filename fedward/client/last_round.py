@@ -8,6 +8,7 @@ from fedward.attempt import Attempt
 from fedward.errors import ProtocolError
 from fedward.identity import Roster
 from fedward.plan import Plan
+from fedward.tuning.vector import moments_of
 
 
 def read_cohort(data: bytes, roster: Roster, plan: Plan) -> tuple[int, ...]:
@@ -27,6 +28,17 @@ def read_cohort(data: bytes, roster: Roster, plan: Plan) -> tuple[int, ...]:
     if len(cohort) < plan.cohort.minimum:
         raise ProtocolError("the published cohort is smaller than the minimum")
     return tuple(cohort)
+
+
+def check_first(attempt: Attempt, adapter: bytes) -> None:
+    """Refuse a first round that starts with moments: sites would make the next adapter of them.
+
+    Raises:
+        ProtocolError: It does.
+        ModelError: The adapter is not a safetensors file.
+    """
+    if attempt.round == 1 and moments_of(adapter):
+        raise ProtocolError("the first round starts without moments of a server optimizer")
 
 
 def read_committed(data: bytes, last: Attempt) -> Attempt:

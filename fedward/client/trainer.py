@@ -116,7 +116,9 @@ class LocalTrainer:
         step, sums = mechanism(plan), list[Tensor]()
         before_step = _stay_near(plan.rounds.proximal) if plan.rounds.proximal else None
         if plan.mode == "pooled":  # the agent adds the noise, as integers, behind the rounding
-            step, before_step = dataclasses.replace(step, noise_multiplier=0.0), _take(sums)
+            # Not divided in float32: what underflows there would move by more than the bound.
+            step = dataclasses.replace(step, noise_multiplier=0.0, normaliser=1.0)
+            before_step = _take(sums)
         with training_only(model, {name for name, _ in request.trained}):
             start = flatten(model)
             train_model(
@@ -133,7 +135,8 @@ class LocalTrainer:
             )
             update = flatten(model) - start
         if plan.mode == "pooled":
-            update = torch.cat(sums).mul(-plan.rounds.learning_rate).numpy()
+            scale = plan.rounds.learning_rate / plan.rounds.normaliser
+            update = torch.cat(sums).double().mul(-scale).float().numpy()
         if not np.isfinite(update).all():
             raise ModelError("training gave numbers that are not finite: lower learning_rate")
         return TrainResult(update=update, slots=self._slots(plan, model, stream))
@@ -287,7 +290,7 @@ def _stay_near(weight: float) -> BeforeStep:
 
 
 def _take(taken: list[Tensor]) -> BeforeStep:
-    """Takes the sums of clipped gradients, over the normaliser, before they move anything."""
+    """Takes the sums of clipped gradients before they move anything."""
 
     def take(parameters: Sequence[Tensor]) -> None:
         for parameter in parameters:

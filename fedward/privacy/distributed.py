@@ -9,6 +9,7 @@ moments at integer orders are: ``docs/distributed-noise.md`` derives each formul
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from fedward.errors import InvalidValue
 
@@ -100,7 +101,7 @@ class SharedGaussian:
         """Deviation of the noise nobody knows, over the sensitivity."""
         return math.sqrt(self.shares) * self.share / self.sensitivity
 
-    @property
+    @cached_property
     def slack(self) -> float:
         """How far the log of the shares' density is from a discrete Gaussian's, all coordinates."""
         exponent = -2 * math.pi**2 * (self.share / self.grid_step) ** 2

@@ -175,6 +175,8 @@ class RoundEngine:
         rule = Rule(settings=settings, layout=self._layout, attempt=result.parameters.attempt)
         start = vector_of(before, rule.trained)
         vector, moments = rule.advance(start, moments_of(before), mean)
+        if not all(np.isfinite(part).all() for part in (vector, *moments.values())):
+            raise ProtocolError("the next adapter is not finite: lower server_learning_rate")
         return replace_vector(before, rule.trained, vector, moments)
 
     def _commit(self, attempt: Attempt, adapter: bytes, result: SumResult) -> None:

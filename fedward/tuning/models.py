@@ -292,6 +292,9 @@ def _quantization(model: Model, device: str) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # theirs has no annotations
         load_in_4bit=model.quantize == "nf4",
         load_in_8bit=model.quantize == "int8",
+        # Above 0, columns with an outlier in any row of a batch are computed in another way: one
+        # patient would change the activations of the others, and no clip bounds that.
+        llm_int8_threshold=0.0,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,

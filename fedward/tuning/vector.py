@@ -41,7 +41,7 @@ def layout_from_bytes(data: bytes) -> Layout:
     try:
         entries = json.loads(data)
         layout = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in entries)
-        canonical = layout_to_bytes(layout) == data
+        canonical = layout_to_bytes(layout) == data and all(n >= 0 for _, s in layout for n in s)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ModelError("a layout is malformed") from error
     names = [name for name, _ in layout]

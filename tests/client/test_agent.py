@@ -145,6 +145,18 @@ def test_other_moments_than_the_sum_gives_are_refused(tmp_path):
     desk.close()
 
 
+def test_a_first_round_that_starts_with_moments_is_refused(tmp_path):
+    """The next adapter follows from them, so they would put in any adapter."""
+    plan = dataclasses.replace(PLAN, aggregation=Aggregation(optimizer="momentum"))
+    desk = Desk(tmp_path, plan=plan)
+    loaded = replace_vector(
+        START, LAYOUT, vector_of(START, LAYOUT), {"first": np.full(10, 1000, dtype=np.float32)}
+    )
+    assert desk.task(FIRST, 0, adapter=loaded) is SiteCode.PROTOCOL_ABORTED
+    assert desk.task(FIRST, 0) is SiteCode.READY, "control: the honest one"
+    desk.close()
+
+
 def test_a_run_beside_it_does_not_end_the_recomputing(tmp_path):
     desk = Desk(tmp_path, policy=dataclasses.replace(POLICY, max_epsilon=80.0))
     desk.round(1)

@@ -12,18 +12,22 @@ import pytest
 
 from fedward.aggregation.fixed_point import decode
 from fedward.aggregation.shared_noise import noisy_grid
+from fedward.attempt import Attempt
 from fedward.client.policy import Policy
-from fedward.client.trainer import mechanism
+from fedward.client.trainer import LocalTrainer, mechanism
+from fedward.client.training import TrainRequest
 from fedward.errors import InvalidValue
-from fedward.plan import Plan, Privacy
+from fedward.identity import Identity
+from fedward.plan import Plan
 from fedward.plan_aggregation import Aggregation, Cohort
-from fedward.privacy.accounting import SampledGaussian, epsilon
+from fedward.privacy.accounting import epsilon
+from fedward.privacy.ledger import read_books
 from fedward.privacy.planned import training_event
 from fedward.privacy.pooled import noise_share, pooled_event, unit_bound
 from fedward.server.store import Phase
 from fedward.simulations.comparison import pooled, train_in_one_place
 from fedward.simulations.federation import Federation
-from fedward.tuning.records import Records
+from fedward.tuning.records import Records, select
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import Vector, dimension, vector_of
 from tests.simulations import tiny
@@ -111,11 +115,46 @@ def test_the_ledger_has_what_was_shared_and_what_the_own_share_gives(tmp_path, b
     _, federation = federate(tmp_path, plan, SITES)
     for name in SITES:
         assert 0 < federation.epsilon_spent(name) <= plan.privacy.epsilon
-    (ledger,) = (tmp_path / "sites").glob("0000-*/ledger.jsonl")
-    first = json.loads(ledger.read_text().splitlines()[0])["entry"]
-    (event,) = first["events"]
+    (file,) = (tmp_path / "sites").glob("0000-*/ledger.jsonl")
+    (event,) = json.loads(file.read_text().splitlines()[0])["entry"]["events"]
     assert (event["shares"], event["steps"]) == (plan.cohort.minimum - plan.cohort.colluders, 1)
     assert event["clip"] == unit_bound(plan)
+    key = Identity.load_or_create(file.parent / "key").public_key
+    books = read_books(file, key, epsilon=plan.privacy.epsilon, delta=plan.privacy.delta)
+    alone = dataclasses.replace(pooled_event(plan, event["dimension"]), shares=1, steps=2)
+    assert books.epsilon_alone() == pytest.approx(epsilon([alone], plan.privacy.delta))
+    assert books.epsilon_alone() > books.epsilon_spent()
+
+
+def sum_of(plan: Plan, records: Records) -> Vector:
+    """What the trainer hands to the agent."""
+    tuned = tuned_model(plan)
+    request = TrainRequest(
+        plan=plan,
+        attempt=Attempt(run="r", round=1),
+        draw=0,
+        adapter=tuned.start,
+        layout=tuned.layout,
+    )
+    return LocalTrainer(records, key=bytes(32)).train(request).update
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 0.125, 1e9])
+def test_one_patient_moves_a_sum_by_no_more_than_the_accounting_says(base, ratio):
+    """At the ends of what a plan allows: nothing underflows, nothing overflows."""
+    rounds = {"learning_rate": 4.0 * ratio, "normaliser": 4.0}
+    plan = make_plan(base, rounds=rounds, aggregation=Aggregation(update_clip=100.0 * ratio))
+    records = tiny.make_records("a", 6)
+    whole = sum_of(plan, records).astype(np.float64)
+    moves = [
+        float(
+            np.linalg.norm(whole - sum_of(plan, select(records, [u for u in range(6) if u != n])))
+        )
+        for n in range(6)
+    ]
+    assert max(moves) <= unit_bound(plan)
+    assert max(moves) > 0.9 * unit_bound(plan), "control: every patient's gradient is clipped"
+    assert not sum_of(plan, NOBODY["a"]).any()
 
 
 def test_a_policy_says_whether_a_site_pools(base):
@@ -138,6 +177,9 @@ def test_a_policy_says_whether_a_site_pools(base):
         {"rounds": {"steps": 2}},
         {"rounds": {"optimizer": "adamw"}},
         {"rounds": {"proximal": 0.1}},
+        {"rounds": {"normaliser": 1e-40}},
+        {"rounds": {"learning_rate": 1e38, "normaliser": 1e-3}},
+        {"cohort": Cohort(minimum=3, colluders=0)},
         {"aggregation": Aggregation(scheme="alternating")},
         {"aggregation": Aggregation(scheme="sketch-once")},
         {"aggregation": Aggregation(word_bits=16)},
@@ -153,9 +195,3 @@ def test_a_grid_that_is_too_coarse_for_the_accounting_is_refused(tmp_path, base)
     plan = make_plan(base, aggregation=Aggregation(update_clip=1e6))
     with pytest.raises(InvalidValue, match="update_clip"):
         federate(tmp_path, plan, SITES)
-
-
-def test_an_event_of_local_training_stays_what_it_was(base):
-    plan = tiny.make_plan(base)
-    assert isinstance(training_event(plan), SampledGaussian)
-    assert make_plan(base, privacy=Privacy(epsilon=math.inf)).mode == "pooled"
