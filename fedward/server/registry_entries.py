@@ -178,7 +178,7 @@ def _made(registry: Registry, sha256: str) -> tuple[Parent, ...]:
 
 
 def _spent(plan: Plan, cohorts: Sequence[Sequence[int]], central: int) -> Spent | None:
-    if not plan.privacy.enabled or not cohorts:
+    if not plan.privacy.enabled:
         return None
     return Spent(
         epsilon=plan.privacy.epsilon + (plan.metrics.epsilon if plan.metrics else 0.0),

@@ -64,7 +64,7 @@ class Origin:
         whole_sha256: The digest by which plans name it, if it is a whole model.
         parents: The versions of the registry that it started or learned from.
         metrics: What was measured, by name.
-        spent: The privacy of a federated run; None where no site took part or noise was off.
+        spent: The privacy of a federated run; None for all else, and where noise was off.
     """
 
     name: str

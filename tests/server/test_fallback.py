@@ -25,6 +25,7 @@ from fedward.server.central.loading import open_trained
 from fedward.server.control_client import open_control
 from fedward.server.fallback import fallback_job, train_apart, train_on
 from fedward.server.registry import Registry
+from fedward.server.registry_card import model_card
 from fedward.server.registry_entries import add_run
 from fedward.server.store import Phase, RunStore
 from fedward.simulations.federation import RUN
@@ -415,5 +416,8 @@ def test_a_coordinator_whose_sites_stay_away_completes_the_run_and_registers_it(
     registry = Registry(house.folder.registry)
     version = registry.verify("tiny")
     assert version.signer == house.folder.identity().public_key.hex()
-    assert version.spent is None, "no site took part, and nobody's privacy was spent"
+    spent = version.spent
+    assert spent is not None
+    assert (spent.rounds, spent.sites, spent.central_rounds) == (0, 0, 2)
+    assert "without** differential privacy" not in model_card(version, [])
     open_trained(registry.path("tiny"))
