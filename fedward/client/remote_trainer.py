@@ -167,6 +167,8 @@ class RemoteTrainer:
                 try:
                     return read(answers)
                 except _Forgotten:
+                    if not task.kept:  # it was sent this time
+                        raise
                     task.kept = b""
                     continue
                 except grpc.RpcError:

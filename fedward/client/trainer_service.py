@@ -218,10 +218,10 @@ class TrainerService(rpc.TrainerServicer):
         )
         layout = layout_from_bytes(task.layout)
         trainer = self._trainer(plan, task)
-        kept, self._kept = self._kept, None
+        (kept, self._kept), expected = (self._kept, None), len(trainer.tuned(plan).start)
         if not task.kept:
-            adapter = _adapter(asked, task, len(trainer.tuned(plan).start))
-        elif kept is not None and kept[0] == task.kept and len(kept[1]) == task.adapter_bytes:
+            adapter = _adapter(asked, task, expected)
+        elif kept is not None and (kept[0], len(kept[1])) == (task.kept, expected):
             adapter = kept[1]
         else:
             raise _Forgotten("a request means an adapter that this process does not keep")

@@ -187,6 +187,7 @@ def vector(kind: wire.Type, length: int) -> wire.Answer:
         ([vector(wire.TYPE_FLOAT32, 384), wire.Answer(part=bytes(4 * 385))], "longer than"),
         ([vector(wire.TYPE_FLOAT32, 384), wire.Answer(part=b"\xff" * 4 * 384)], "not finite"),
         ([wire.Answer(failure=wire.FAILURE_UNSPECIFIED)], "no known reason"),
+        ([wire.Answer(failure=wire.FAILURE_FORGOTTEN)], "has not the adapter"),  # asked once
     ],
 )
 def test_an_answer_that_is_not_the_plans_is_refused(base, socket, answers, problem):

@@ -1,5 +1,6 @@
 """The trainer's side of the socket: it takes what the plan says, and says nothing of the data."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -112,9 +113,13 @@ def test_an_adapter_is_kept_under_its_name_for_one_training(plan, start):
     named = [*asked(plan, kept=b"a")][:1]  # no part follows
     assert kinds(stub.Train(iter(named))) == ["vector", "part", "vector"]
     assert failure(stub.Train(iter(named))) == "FAILURE_FORGOTTEN"
-    for changes in ({"kept": b"b"}, {"kept": b"a", "adapter_bytes": 1}):
-        assert kinds(stub.Prepare(asked(plan, keep=b"a"))) == ["done"]
-        assert failure(stub.Train(iter([*asked(plan, **changes)][:1]))) == "FAILURE_FORGOTTEN"
+    assert kinds(stub.Prepare(asked(plan, keep=b"a"))) == ["done"]
+    assert failure(stub.Train(iter([*asked(plan, kept=b"b")][:1]))) == "FAILURE_FORGOTTEN"
+    assert kinds(stub.Prepare(asked(plan, keep=b"a"))) == ["done"]
+    tuner = dataclasses.replace(plan.tuner, arguments={**plan.tuner.arguments, "r": 1})
+    other = dataclasses.replace(plan, tuner=tuner)
+    named = [*asked(other, kept=b"a", adapter_bytes=len(tuned_model(plan).start))][:1]
+    assert failure(stub.Train(iter(named))) == "FAILURE_FORGOTTEN", "of another plan's size"
 
 
 def test_only_the_owner_reaches_the_socket(plan, sockets, start):
