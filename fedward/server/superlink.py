@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
@@ -24,7 +25,7 @@ from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import LinkState as LinkState  # for who imports it here
-from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate import LinkStateFactory, SqlLinkState
 from flwr.serverapp import Grid
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
@@ -382,7 +383,7 @@ def _open_run(state: LinkState) -> tuple[Run, int]:
 def _evict(state: LinkState, tree: ObjectTree) -> None:
     """Remove objects of a message that a member has announced with other children, if he knew."""
     number, named = StoredObject.object_id, StoredObject.ref_count
-    with state.session() as session:
+    with cast(SqlLinkState, state).session() as session:
         for node in iterate_object_tree(tree):
             known = select(ObjectChild.child_id).where(ObjectChild.parent_id == node.object_id)
             theirs = set(session.scalars(known))
