@@ -90,7 +90,7 @@ def build(
                 model=model,
                 args=args,
                 train_dataset=train,
-                eval_dataset=DatasetDict(others) if others else None,
+                eval_dataset=others or None,
                 processing_class=tokenizer,
                 peft_config=config,
                 callbacks=watching,
@@ -111,12 +111,16 @@ def build(
     return trainer
 
 
-def _rows(step: Step) -> tuple[Dataset, dict[str, Dataset]]:
+def _rows(step: Step) -> tuple[Dataset, DatasetDict]:
     """The rows to learn, and by their use those to evaluate with and those to keep."""
     keep = (None, None) if step.keep is None else (step.keep.data, step.keep.evaluation)
     others = dict(zip(("evaluation", "old", "known"), (step.data.evaluation, *keep), strict=True))
     train = read_dataset(Path(step.data.train), step)
-    return train, {name: read_dataset(Path(p), step) for name, p in others.items() if p is not None}
+    found = DatasetDict()
+    for name, path in others.items():
+        if path is not None:
+            found[name] = read_dataset(Path(path), step)
+    return train, found
 
 
 def _own_callbacks(step: Step) -> list[TrainerCallback]:

@@ -155,7 +155,7 @@ def test_the_pull_is_the_gradient_of_the_penalty(knowing, tmp_path):
     trainer.model.zero_grad()
     trainer.training_step(trainer.model, dict(batch))
     trained, free = trainable(trainer.model), gradients(trainer.model)
-    penalty = sum(0.5 * (s * (p - start).square()).sum() for p, start, s in pulls)
+    penalty = torch.stack([0.5 * (s * (p - start).square()).sum() for p, start, s in pulls]).sum()
     expected = torch.autograd.grad(penalty, list(trained.values()))
     for (name, _), wanted in zip(trained.items(), expected, strict=True):
         torch.testing.assert_close(pulled[name] - free[name], wanted, atol=1e-5, rtol=1e-3)
