@@ -1,5 +1,8 @@
 """The laboratory's own disk and clock: what is synced stays, what is not may go."""
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,7 @@ from fedward.simulations.faults.clock import VirtualClock
 from fedward.simulations.faults.disk import RenamedFiles, SiteDisk
 
 
-def append(disk: SiteDisk, path, data: bytes, *, synced: bool) -> None:
+def append(disk: SiteDisk, path: Path, data: bytes, *, synced: bool) -> None:
     disk.note("chain.write")
     with path.open("ab") as file:
         file.write(data)
@@ -65,8 +68,12 @@ def test_a_rename_is_durable_when_the_next_place_is_reached(tmp_path):
 
 def test_time_passes_in_order_and_only_when_somebody_sleeps():
     clock, seen = VirtualClock(), list[tuple[str, float]]()
+
+    def see(name):
+        seen.append((name, clock.monotonic()))
+
     for name, seconds in (("b", 2.0), ("a", 1.0), ("never", 9.0)):
-        clock.after(seconds, lambda name=name: seen.append((name, clock.monotonic())))
+        clock.after(seconds, partial(see, name))
     assert seen == []
     clock.sleep(3.0)
     assert (seen, clock.monotonic()) == ([("a", 1.0), ("b", 2.0)], 3.0)
