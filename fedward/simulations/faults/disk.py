@@ -26,7 +26,8 @@ class SiteDisk:
 
     def __init__(self, root: Path, rng: np.random.Generator) -> None:
         self._root, self._rng, self._opened = root, rng, 0
-        self._seen = self._synced = dict.fromkeys(CHAINS, 0)
+        self._seen: dict[str, int] = dict.fromkeys(CHAINS, 0)
+        self._synced = self._seen
         self._files = RenamedFiles(root / "tasks", rng)
 
     def start(self) -> None:
