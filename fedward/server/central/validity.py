@@ -8,7 +8,7 @@ refused fails in the libraries or trains nothing.
 from typing import Literal
 
 from fedward.errors import ConfigurationError
-from fedward.server.central.job import STAGES, Stage, Step
+from fedward.server.central.job import REWARDED, STAGES, Stage, Step
 from fedward.tuning.methods import METHODS, check_method
 
 Base = Literal["none", "nf4", "int8"]
@@ -27,6 +27,8 @@ def refusal(stage: Stage, method: str, base: Base) -> str | None:
         return "bitsandbytes gives DoRA no int8 weight to read on a CPU: use quantize = 'nf4'"
     if METHODS[method].prompts and stage == "distill":
         return "the distillation loss calls the model below the trained vectors"
+    if stage in REWARDED and method in ("prompt", "p-tuning"):
+        return "PEFT ignores the positions of prompts that are padded on the left"
     if stage == "orpo" and method in ("prompt", "p-tuning"):
         return "TRL's loss does not know of the positions that are put before the input"
     return None
