@@ -5,7 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -204,7 +204,8 @@ class TestClassifier:
         labels = list(found.scores.labels)
         assert found.confusion() == confusion_matrix(truth, said, labels=labels).tolist()
         occur = sorted(set(truth))
-        expected = precision_recall_fscore_support(truth, said, labels=occur, zero_division=NONE)
+        shares = precision_recall_fscore_support(truth, said, labels=occur, zero_division=NONE)
+        expected = cast("list[list[float]]", shares)
         for name, values in zip(("precision", "recall", "f1"), expected[:3], strict=True):
             figure = found.figures[f"macro_{name}"]
             assert figure.value == pytest.approx(np.mean(values))
