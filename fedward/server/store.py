@@ -16,7 +16,7 @@ from fedward import failpoints
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json, digest
 from fedward.errors import RoundError
-from fedward.private_files import FileState, file_state, write_private
+from fedward.private_files import FileState, file_state, sync_folder, write_private
 from fedward.server.database import connect, transaction
 
 EVERYBODY = -1
@@ -167,6 +167,8 @@ class RunStore:
             failpoints.hit("store.blob")
             write_private(path, data)
             self._newest = {**dict(list(self._newest.items())[-1:]), name: (file_state(path), data)}
+        else:  # perhaps since a kill that came before its name was durable
+            sync_folder(self._blobs)
         return name
 
     def blob(self, name: str) -> bytes:
