@@ -181,9 +181,10 @@ def _products(
         place = end + pair.height * pair.n
         w = mean[end:place].reshape(pair.height, pair.n) - (psi.T @ db) @ da
         q = np.linalg.qr(y)[0]
-        x = np.linalg.lstsq(psi.T @ q, w, rcond=None)[0]
+        x: Numbers = np.linalg.lstsq(psi.T @ q, w, rcond=None)[0].astype(np.float64)
         x *= min(1.0, clip**2 / max(float(np.linalg.norm(x)), 1e-300))
-        yield pair, np.hstack([b + db, q]), np.vstack([a + da, x])
+        right: Numbers = np.vstack([a + da, x])
+        yield pair, np.hstack([b + db, q]), right
 
 
 def _core(left: Numbers, right: Numbers) -> Numbers:

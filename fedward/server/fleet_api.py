@@ -142,7 +142,11 @@ def fleet_app(database: Path, most_body: int, most_reply: int = 1 << 30) -> Asgi
             if not _may(asked, intake):
                 return 403, b""
             answer = handle(asked, state)
-            if isinstance(answer, PushMessagesResponse) and answer.objects_to_push:
+            if (
+                isinstance(asked, PushMessagesRequest)
+                and isinstance(answer, PushMessagesResponse)
+                and answer.objects_to_push
+            ):
                 letter = asked.messages_list[0].metadata.reply_to_message_id
                 intake.announced(letter, answer.session_id)
             return 200, answer.SerializeToString()

@@ -25,7 +25,7 @@ def draw(seed: int, scale: float = 1.0) -> Vector:
     return np.random.default_rng(seed).normal(0, scale, size).astype(np.float32)
 
 
-def product(vector: Vector) -> npt.NDArray[np.float64]:
+def product(vector: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     a, b = np.split(vector[6:].astype(np.float64), [R * N])
     found: npt.NDArray[np.float64] = b.reshape(M, R) @ a.reshape(R, N)
     return found
@@ -82,7 +82,7 @@ def test_three_sites_are_exact_and_of_six_a_part_is_mended():
         updates = [common + draw(seed, 0.5) for seed in range(1, sites + 1)]
         mean = np.mean([product(start + update) for update in updates], axis=0)
         after = rebuild(start, mean_of(updates), LAYOUT, KEY, CLIP)
-        apart = off(product(start + np.mean(updates, axis=0, dtype=np.float32)), mean)
+        apart = off(product((start + np.mean(updates, axis=0)).astype(np.float32)), mean)
         optimum, found = off(best(mean), mean), off(product(after), mean)
         assert optimum <= found < apart
         assert (found < 1.0001 * optimum) == (sites == 3)
