@@ -29,7 +29,10 @@ from fedward.server.store import Phase
 from fedward.simulations.federation import Federation
 from tests.simulations import tiny
 
-PHASES = tuple(phase for phase in Phase if phase not in {Phase.LEFT_OUT, Phase.ABORTED})
+ELSEWHERE = {Phase.LEFT_OUT, Phase.ABORTED, Phase.FALLBACK}
+"""What an undisturbed run of a plan without a fallback never comes to."""
+
+PHASES = tuple(phase for phase in Phase if phase not in ELSEWHERE)
 
 
 class Killed(BaseException):
