@@ -115,7 +115,8 @@ def test_a_trainer_that_was_started_anew_gets_the_adapter_again(base, socket, se
         server.stop(None).wait()
     assert found[1] is not None
     assert found[1].update.tobytes() == expected
-    assert sent == [1, 0, 1]
+    # Asked by name alone, if the connection to the new one is there at the first try.
+    assert sent in ([1, 0, 1], [1, 1, 1])
 
 
 def test_a_vector_of_many_parts_arrives_whole(base, remote, monkeypatch):

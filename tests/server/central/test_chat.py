@@ -59,6 +59,15 @@ def test_the_oldest_turns_give_way(conversation):
     assert len(conversation.turns) == 1
 
 
+@pytest.fixture
+def interruptible():
+    """Where a shell started the tests in the background, Ctrl-C is ignored from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_stops_the_answer_alone(conversation):
     shown = list[str]()
 
