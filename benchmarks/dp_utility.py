@@ -18,15 +18,11 @@ import fedward  # noqa: F401  # switches telemetry off before any library loads
 import argparse
 import json
 import math
-import tempfile
 from pathlib import Path
 
-from reporting import choose, grid_options, machine, work_through
-from transformers.utils import logging
+from reporting import choose, grid_options, machine, results_folder, show, work_through
 from utility_grid.cells import Cell, Grid, Size, grid
 from utility_grid.tables import figures, lines, markdown, plot, sentences
-
-from fedward.errors import FedwardError
 
 PACKAGES = ("torch", "transformers", "peft", "opacus")
 QUICK = Size(rows=300, test=32, steps=2)
@@ -68,24 +64,14 @@ def main() -> None:
     parser = grid_options(__doc__, "out/benchmarks/dp-utility")
     parser.add_argument("--plot", type=Path, help="draw the figure: a file .svg or .png")
     options = parser.parse_args()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
-    print(", ".join(f"{name} {value}" for name, value in machine(*PACKAGES).items()), flush=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix="fedward-") as scratch:
-            folder: Path = Path(scratch) if options.quick else options.out
-            folder.mkdir(parents=True, exist_ok=True)
-            results = Grid(folder, options.data, QUICK if options.quick else Size())
-            cells = wanted(options.cells, options.seeds, quick=options.quick)
-            if options.list:
-                for cell in cells:
-                    print(f"{'done' if results.result(cell) else 'open'} {cell.name}")
-                return
+    with results_folder(parser, options, PACKAGES) as folder:
+        results = Grid(folder, options.data, QUICK if options.quick else Size())
+        cells = wanted(options.cells, options.seeds, quick=options.quick)
+        if options.list:
+            show(results, cells)
+        else:
             work_through(results, cells)
             report(results, options)
-    except FedwardError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nstopped; finished cells are kept, the same command goes on\n")
 
 
 if __name__ == "__main__":

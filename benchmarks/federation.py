@@ -17,16 +17,11 @@ import fedward  # noqa: F401  # switches telemetry off before any library loads
 import argparse
 import json
 import math
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-from reporting import choose, grid_options, machine, work_through
+from reporting import choose, grid_options, machine, results_folder, show, work_through
 from scheme_grid.cells import Cell, Grid, Size, grid
 from scheme_grid.tables import figures, markdown, sentences
-from transformers.utils import logging
-
-from fedward.errors import FedwardError
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "flwr")
 QUICK = Size(rows=600, test=60, rounds=2, private_rounds=2)
@@ -65,26 +60,16 @@ def main() -> None:
     parser = grid_options(__doc__, "out/benchmarks/federation")
     parser.add_argument("--tune", action="store_true", help="try learning rates, keep nothing")
     options = parser.parse_args()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
-    print(", ".join(f"{name} {value}" for name, value in machine(*PACKAGES).items()), flush=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix="fedward-") as scratch:
-            folder: Path = Path(scratch) if options.quick else options.out
-            folder.mkdir(parents=True, exist_ok=True)
-            results = Grid(folder, options.data, QUICK if options.quick else Size())
-            cells = wanted(options)
-            if options.list:
-                for cell in cells:
-                    print(f"{'done' if results.result(cell) else 'open'} {cell.name}")
-            elif options.tune:
-                tune(results, cells)
-            else:
-                work_through(results, cells)
-                report(results, options)
-    except FedwardError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nstopped; finished cells are kept, the same command goes on\n")
+    with results_folder(parser, options, PACKAGES) as folder:
+        results = Grid(folder, options.data, QUICK if options.quick else Size())
+        cells = wanted(options)
+        if options.list:
+            show(results, cells)
+        elif options.tune:
+            tune(results, cells)
+        else:
+            work_through(results, cells)
+            report(results, options)
 
 
 if __name__ == "__main__":

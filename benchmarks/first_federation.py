@@ -17,16 +17,12 @@ import fedward  # noqa: F401  # switches telemetry off before any library loads
 import argparse
 import dataclasses
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from federation_grid.cells import TASKS, Cell, Grid, grid
 from federation_grid.tables import checks, compare, figures, markdown
-from reporting import choose, grid_options, machine, work_through
-from transformers.utils import logging
+from reporting import choose, grid_options, machine, results_folder, show, work_through
 
-from fedward.errors import FedwardError
 from fedward.plan import Plan
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "flwr", "scikit-learn")
@@ -69,24 +65,16 @@ def main() -> None:
     """Read the options, run what is missing and report."""
     parser = grid_options(__doc__, "out/benchmarks/first-federation")
     options = parser.parse_args()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
-    print(", ".join(f"{name} {value}" for name, value in machine(*PACKAGES).items()), flush=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix="fedward-") as scratch:
-            folder: Path = Path(scratch) if options.quick else options.out
-            folder.mkdir(parents=True, exist_ok=True)
-            shorten = short_demo if options.quick else lambda plan: plan
-            results = Grid(folder, options.data, shorten)
-            quick = ("demo", "0")
-            cells = wanted(*(quick if options.quick else (options.cells, options.seeds)))
-            if options.list:
-                for cell in cells:
-                    print(f"{'done' if results.result(cell) else 'open'} {cell.name}")
-                return
+    with results_folder(parser, options, PACKAGES) as folder:
+        shorten = short_demo if options.quick else lambda plan: plan
+        results = Grid(folder, options.data, shorten)
+        quick = ("demo", "0")
+        cells = wanted(*(quick if options.quick else (options.cells, options.seeds)))
+        if options.list:
+            show(results, cells)
+        else:
             work_through(results, cells)
             report(results, options)
-    except FedwardError as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """What every benchmark says of where it ran, and how a grid's cells are chosen."""
 
 import argparse
+import contextlib
 import fnmatch
+import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fedward.errors import ConfigurationError
+from fedward.errors import ConfigurationError, FedwardError
+from fedward.plan import Plan
 
 
 def machine(*packages: str) -> dict[str, str]:
@@ -77,6 +81,23 @@ def choose(cells: Sequence[C], patterns: str, seeds: str | None) -> list[C]:
     return [cell for cell in cells if cell.name in chosen]
 
 
+def kept_result(path: Path, plan: Plan) -> dict[str, Any] | None:
+    """What a finished cell's file holds, or None.
+
+    Raises:
+        ConfigurationError: It was of another plan.
+    """
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["plan"] != plan.hash().hex():
+        raise ConfigurationError(
+            f"{path}: of another plan than today's; remove that task's files or choose another "
+            "--out"
+        )
+    return found
+
+
 def work_through(results: Results[C], cells: Sequence[C]) -> None:
     """Run what is not done yet, and say what each cell came to."""
     for number, cell in enumerate(cells, start=1):
@@ -86,6 +107,32 @@ def work_through(results: Results[C], cells: Sequence[C]) -> None:
         note = ", ".join([*spent, f"{found['seconds']:.0f} s, load {found['load']}"])
         says = "kept" if known else note
         print(f"[{number}/{len(cells)}] {cell.name}: {found['mean']:.4f} ({says})", flush=True)
+
+
+def show(results: Results[C], cells: Sequence[C]) -> None:
+    """Say which cells are done."""
+    for cell in cells:
+        print(f"{'done' if results.result(cell) else 'open'} {cell.name}")
+
+
+@contextlib.contextmanager
+def results_folder(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, packages: Sequence[str]
+) -> Iterator[Path]:
+    """Name the machine, give the folder of results, and end the program as users expect."""
+    from transformers.utils import logging  # slow, and not every benchmark may load torch
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers left it bare
+    print(", ".join(f"{name} {value}" for name, value in machine(*packages).items()), flush=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="fedward-") as scratch:
+            folder: Path = Path(scratch) if options.quick else options.out
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+    except FedwardError as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; finished cells are kept, the same command goes on\n")
 
 
 def grid_options(about: str | None, out: str) -> argparse.ArgumentParser:

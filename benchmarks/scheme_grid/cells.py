@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 from federation_grid.cells import EXAMPLES, federate
+from reporting import kept_result
 
 from fedward.client.trainer import mechanism
-from fedward.errors import ConfigurationError
 from fedward.plan import Plan, Privacy, Rounds, load_plan
-from fedward.privacy.optimizer import Mechanism
 from fedward.privacy.pooled import noise_share
 from fedward.private_files import write_private
 from fedward.simulations.case import Case, freeze_case
@@ -109,15 +108,7 @@ class Grid:
         Raises:
             ConfigurationError: It was of another plan.
         """
-        path = self._folder / f"{cell.name}.json"
-        if not path.exists():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["plan"] != self.plan(cell).hash().hex():
-            raise ConfigurationError(
-                f"{path}: of another plan than today's; remove it or choose another --out"
-            )
-        return found
+        return kept_result(self._folder / f"{cell.name}.json", self.plan(cell))
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train and evaluate one cell and keep what came of it."""
@@ -159,9 +150,9 @@ class Grid:
             scores = np.mean(each, axis=0)
             facts = {"each": dict(zip(sorted(sites), means, strict=True))}
         elif cell.way.startswith("central"):
-            step = mechanism(plan, normaliser=plan.rounds.normaliser * len(sites))
-            if cell.way == "central-noise":
-                step = _noise_of_a_sum(plan, step, len(sites))
+            noise = _noise_of_a_sum(plan, len(sites)) if cell.way == "central-noise" else None
+            together = plan.rounds.normaliser * len(sites)
+            step = mechanism(plan, normaliser=together, noise_multiplier=noise)
             scores = self._scores(plan, train_in_one_place(plan, pooled(sites), step=step), test)
         else:
             folder = self._folder / "runs" / cell.name
@@ -219,11 +210,11 @@ class Grid:
         return evaluate_adapter(plan, adapter, test).correct
 
 
-def _noise_of_a_sum(plan: Plan, step: Mechanism, sites: int) -> Mechanism:
-    """The central step with the deviation that the shares of all sites have together."""
+def _noise_of_a_sum(plan: Plan, sites: int) -> float:
+    """What the shares of all sites come to together, as a central step's noise multiplier."""
     share = noise_share(plan, dimension(tuned_model(plan).layout))
     bound = plan.rounds.learning_rate * plan.privacy.clip / plan.rounds.normaliser
-    return dataclasses.replace(step, noise_multiplier=share * math.sqrt(sites) / bound)
+    return share * math.sqrt(sites) / bound
 
 
 def _part(records: Records, share: float) -> Records:

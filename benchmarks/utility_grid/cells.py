@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 from federation_grid.cells import EXAMPLES
+from reporting import kept_result
 
-from fedward.errors import ConfigurationError
 from fedward.plan import Data, Plan, Privacy, Rounds, load_plan
 from fedward.privacy.planned import training_event
 from fedward.privacy.planning import record_epsilon
@@ -167,16 +167,7 @@ class Grid:
         Raises:
             ConfigurationError: It was of another plan.
         """
-        path = self._folder / f"{cell.name}.json"
-        if not path.exists():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["plan"] != self._plan(cell).hash().hex():
-            raise ConfigurationError(
-                f"{path}: of another plan than today's; remove that task's files or choose "
-                "another --out"
-            )
-        return found
+        return kept_result(self._folder / f"{cell.name}.json", self._plan(cell))
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Do one cell and keep what came of it."""
