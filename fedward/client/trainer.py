@@ -113,12 +113,14 @@ class LocalTrainer:
         units, encoded = self._encode(plan, self._records, held_out=False)
         if not (units or plan.privacy.enabled):
             raise DataError("this site has no training records: expected at least one patient")
-        step, sums = mechanism(plan), list[Tensor]()
-        before_step = _stay_near(plan.rounds.proximal) if plan.rounds.proximal else None
-        if plan.mode == "pooled":  # the agent adds the noise, as integers, behind the rounding
+        sums, pooled = list[Tensor](), plan.mode == "pooled"
+        if pooled:  # the agent adds the noise, as integers, behind the rounding
             # Not divided in float32: what underflows there would move by more than the bound.
-            step = dataclasses.replace(step, noise_multiplier=0.0, normaliser=1.0)
-            before_step = _take(sums)
+            step = mechanism(plan, normaliser=1.0, noise_multiplier=0.0)
+            before_step: BeforeStep | None = _take(sums)
+        else:
+            step = mechanism(plan)
+            before_step = _stay_near(plan.rounds.proximal) if plan.rounds.proximal else None
         with training_only(model, {name for name, _ in request.trained}):
             start = flatten(model)
             train_model(
@@ -133,10 +135,7 @@ class LocalTrainer:
                 physical_batch=self._physical_batch,
                 on_step=self._on_step,
             )
-            update = flatten(model) - start
-        if plan.mode == "pooled":
-            scale = plan.rounds.learning_rate / plan.rounds.normaliser
-            update = torch.cat(sums).double().mul(-scale).float().numpy()
+            update = _scaled(sums, plan) if pooled else flatten(model) - start
         if not np.isfinite(update).all():
             raise ModelError("training gave numbers that are not finite: lower learning_rate")
         return TrainResult(update=update, slots=self._slots(plan, model, stream))
@@ -202,20 +201,25 @@ class LocalTrainer:
         return self._encoded[key]
 
 
-def mechanism(plan: Plan, *, normaliser: float | None = None) -> Mechanism:
+def mechanism(
+    plan: Plan, *, normaliser: float | None = None, noise_multiplier: float | None = None
+) -> Mechanism:
     """The plan's DP-SGD step, alike for everyone who reads the plan.
 
     Args:
         plan: Sigma is the smallest multiplier for (epsilon, delta, sampling_rate,
             (count + spare) x steps).
         normaliser: Replaces the plan's, where several sites' data are trained together.
+        noise_multiplier: Replaces the plan's sigma, where the noise is not this step's.
     """
     rounds, privacy = plan.rounds, plan.privacy
+    if noise_multiplier is None:
+        noise_multiplier = training_event(plan).noise_multiplier
     return Mechanism(
         sampling_rate=rounds.sampling_rate,
         normaliser=rounds.normaliser if normaliser is None else normaliser,
         clip=privacy.clip if privacy.enabled else math.inf,
-        noise_multiplier=training_event(plan).noise_multiplier,
+        noise_multiplier=noise_multiplier,
         records_per_unit=privacy.records_per_unit,
     )
 
@@ -299,6 +303,13 @@ def _take(taken: list[Tensor]) -> BeforeStep:
                 parameter.grad = None
 
     return take
+
+
+def _scaled(sums: Sequence[Tensor], plan: Plan) -> npt.NDArray[np.float32]:
+    """The step along sums of clipped gradients, shape ``(d,)``."""
+    scale = plan.rounds.learning_rate / plan.rounds.normaliser
+    update: npt.NDArray[np.float32] = torch.cat(list(sums)).double().mul(-scale).float().numpy()
+    return update
 
 
 def _fits(records: Records, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> bool:

@@ -19,7 +19,9 @@ LEAST_SIGMA = 4.0
 ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
 """Rényi orders that are tried; integers, because only there the expansion is exact."""
 
-_COARSEST = 0.01  # of clip / sqrt(dimension): rounding adds at most a hundredth to the sensitivity
+COARSEST = 0.01
+"""Widest grid step, as a share of clip / sqrt(dimension): rounding then adds at most so much to the
+sensitivity."""
 
 
 def share_of(sigma: float, *, minimum: int, colluders: int) -> float:
@@ -72,7 +74,7 @@ class SharedGaussian:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        coarsest = _COARSEST * self.clip / math.sqrt(max(1, self.dimension))
+        coarsest = COARSEST * self.clip / math.sqrt(max(1, self.dimension))
         least = LEAST_SIGMA * self.grid_step
         checks: tuple[tuple[str, float, bool, str], ...] = (
             ("clip", self.clip, 0 < self.clip < math.inf, "a number above 0"),

@@ -13,13 +13,12 @@ from functools import lru_cache
 from fedward.errors import InvalidValue
 from fedward.plan import Plan
 from fedward.privacy.accounting import epsilon
-from fedward.privacy.distributed import SharedGaussian, share_of
+from fedward.privacy.distributed import COARSEST, SharedGaussian, share_of
 
 FLOAT_MARGIN = 1.01
 """What the accounting takes a unit's bound to be over what the clip says: sums of gradients are
 float32, and in them one unit also moves how the others' are rounded (docs/privacy.md)."""
 
-_COARSEST = 0.01  # of the bound over sqrt(dimension): as the accounting allows at most
 _POINTS = range(1, 100_000_000)  # noise multipliers in thousandths
 
 
@@ -31,7 +30,7 @@ def unit_bound(plan: Plan) -> float:
 
 def coarsest_step(plan: Plan, dimension: int) -> float:
     """The widest step of the fixed-point grid that :func:`pooled_event` covers."""
-    return _COARSEST * unit_bound(plan) / math.sqrt(max(1, dimension))
+    return COARSEST * unit_bound(plan) / math.sqrt(max(1, dimension))
 
 
 def noise_share(plan: Plan, dimension: int) -> float:

@@ -172,12 +172,15 @@ class RoundEngine:
         """The next adapter; a sum that every site would refuse is never committed."""
         mean, settings, before = result.mean, self._plan.aggregation, state.adapter
         check_mean(mean, result.parameters, result.cohort, settings.update_clip)
-        rule = Rule(settings=settings, layout=self._layout, attempt=result.parameters.attempt)
+        rule = self._rule(result.parameters.attempt)
         start = vector_of(before, rule.trained)
         vector, moments = rule.advance(start, moments_of(before), mean)
         if not all(np.isfinite(part).all() for part in (vector, *moments.values())):
             raise ProtocolError("the next adapter is not finite: lower server_learning_rate")
         return replace_vector(before, rule.trained, vector, moments)
+
+    def _rule(self, attempt: Attempt) -> Rule:
+        return Rule(settings=self._plan.aggregation, layout=self._layout, attempt=attempt)
 
     def _commit(self, attempt: Attempt, adapter: bytes, result: SumResult) -> None:
         facts: Json = {
@@ -200,7 +203,7 @@ class RoundEngine:
             self._roster,
             attempt,
             task_hash=task_hash(state.adapter, self._plan.hash(), settings.scheme),
-            dimension=Rule(settings=settings, layout=self._layout, attempt=attempt).words,
+            dimension=self._rule(attempt).words,
         )
         ready = self._invite(grid, attempt, state)
         tally = self._tally = Tally(parameters=parameters, roster=self._roster)
@@ -277,8 +280,7 @@ class RoundEngine:
         # Who took part in the round before has its adapter, and makes this one from the sum. If it
         # has not, it says so, and the next attempt sends everybody everything.
         whole = {**short, "adapter": state.adapter}
-        rule = Rule(settings=self._plan.aggregation, layout=self._layout, attempt=attempt)
-        enough = state.holders if rule.recomputes else frozenset[int]()
+        enough = state.holders if self._rule(attempt).recomputes else frozenset[int]()
         parts = {site: short if site in enough else whole for site in self._nodes}
         minimum, colluders = self._plan.cohort.minimum, self._plan.cohort.colluders
         out = proven(state.record.groups, colluders)

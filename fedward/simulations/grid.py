@@ -34,53 +34,12 @@ Watch = Callable[[Message], None]
 """Sees every message and every reply on its way, before the receiver does."""
 
 
-class LocalGrid(Grid):
-    """Delivers messages to in-process sites and keeps their replies.
+class OneProcessGrid(Grid):
+    """What the grids of simulations share: one run, and messages that no link has to know."""
 
-    Args:
-        sites: Node id → factory of the site's ClientApp, called on first use and after a kill.
-        workers: Sites that may work at the same time; 1 is deterministic and shares one model.
-        fault: Kills sites; None kills nobody.
-        watch: Sees everything that crosses; None watches nothing.
-    """
-
-    def __init__(
-        self,
-        sites: Mapping[int, Callable[[], ClientApp]],
-        *,
-        workers: int = 1,
-        fault: Fault | None = None,
-        watch: Watch | None = None,
-    ) -> None:
+    def __init__(self) -> None:
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-        self._factories, self._fault = dict(sites), fault
-        self._watch: Watch = watch or (lambda _: None)
-        self._apps: dict[int, ClientApp] = {}
-        self._contexts = {node: _context(node) for node in sites}
-        self._dead: set[int] = set()
-        self._numbers = itertools.count(1)
-        self._replies: dict[str, Future[Message]] = {}
-        self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="site")
         self._run = Run.create_empty(run_id=1)
-        self._bytes_up: dict[int, int] = dict.fromkeys(sites, 0)
-
-    def kill(self, node: int) -> None:
-        """Let a site lose its memory and answer nothing until it is revived."""
-        self._dead.add(node)
-        self._apps.pop(node, None)
-
-    def revive(self, node: int) -> None:
-        """Start a killed site again from what it kept on disk."""
-        self._dead.discard(node)
-
-    def take_bytes_up(self, node: int) -> int:
-        """Bytes of content that a node has sent since this was last asked."""
-        sent, self._bytes_up[node] = self._bytes_up[node], 0
-        return sent
-
-    def close(self) -> None:
-        """Stop the workers."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def set_run(self, run: Run) -> None:
         """Remember which run this grid serves."""
@@ -101,6 +60,54 @@ class LocalGrid(Grid):
     ) -> Message:
         """Make a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class LocalGrid(OneProcessGrid):
+    """Delivers messages to in-process sites and keeps their replies.
+
+    Args:
+        sites: Node id → factory of the site's ClientApp, called on first use and after a kill.
+        workers: Sites that may work at the same time; 1 is deterministic and shares one model.
+        fault: Kills sites; None kills nobody.
+        watch: Sees everything that crosses; None watches nothing.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[int, Callable[[], ClientApp]],
+        *,
+        workers: int = 1,
+        fault: Fault | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        super().__init__()
+        self._factories, self._fault = dict(sites), fault
+        self._watch: Watch = watch or (lambda _: None)
+        self._apps: dict[int, ClientApp] = {}
+        self._contexts = {node: _context(node) for node in sites}
+        self._dead: set[int] = set()
+        self._numbers = itertools.count(1)
+        self._replies: dict[str, Future[Message]] = {}
+        self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="site")
+        self._bytes_up: dict[int, int] = dict.fromkeys(sites, 0)
+
+    def kill(self, node: int) -> None:
+        """Let a site lose its memory and answer nothing until it is revived."""
+        self._dead.add(node)
+        self._apps.pop(node, None)
+
+    def revive(self, node: int) -> None:
+        """Start a killed site again from what it kept on disk."""
+        self._dead.discard(node)
+
+    def take_bytes_up(self, node: int) -> int:
+        """Bytes of content that a node has sent since this was last asked."""
+        sent, self._bytes_up[node] = self._bytes_up[node], 0
+        return sent
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def get_node_ids(self) -> Iterable[int]:
         """Every node that is alive."""

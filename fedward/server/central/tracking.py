@@ -6,6 +6,7 @@ its checkpoint remembers, so that no point stands there twice.
 
 import math
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,19 +44,19 @@ def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, float(value)
 
 
-class _Tracker(TrainerCallback):
+class _Tracker(TrainerCallback, ABC):
     """Begins a run with what is known, and goes on with each line that is logged."""
 
     def __init__(self, folder: Path, run: str) -> None:
         self.folder, self.run = folder, run
 
+    @abstractmethod
     def begin(self) -> None:
         """Remove what an interrupted training left of this run, and open a new one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line of the log."""
-        raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401  # theirs
         """Begin, with what a checkpoint remembers."""

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.app.message.message import make_message
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedward.messages import MESSAGE_TYPES
 from fedward.simulations.faults.clock import VirtualClock
 from fedward.simulations.faults.schedule import SITES, Kind
+from fedward.simulations.grid import OneProcessGrid
 
 _DELIVERIES = 3
 _ACTIONS = {kind: action for action, kind in MESSAGE_TYPES.items()}
@@ -38,7 +36,7 @@ Answer = Callable[[int, Message], Message | None]
 """Lets a site answer; None if it is down or dies."""
 
 
-class BadNetwork(Grid):
+class BadNetwork(OneProcessGrid):
     """The grid of one laboratory; site i is node i + 2.
 
     Args:
@@ -60,36 +58,16 @@ class BadNetwork(Grid):
         there: Callable[[int], bool],
         lateness: Callable[[int], float],
     ) -> None:
-        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+        super().__init__()
         self._clock, self._rng, self._fate = clock, rng, fate
         self._answer, self._there, self._lateness = answer, there, lateness
-        self._numbers, self._run = itertools.count(1), Run.create_empty(run_id=1)
+        self._numbers = itertools.count(1)
         self._pending: dict[str, _Pending] = {}
         self._replies: dict[str, Message] = {}
         self._cut_until: dict[int, float] = {}
         self._busy_until: dict[int, float] = {}
         self.stage, self.round = "", 0
         """The exchange that was asked for last."""
-
-    def set_run(self, run: Run) -> None:
-        """Remember which run this grid serves."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The run this grid serves."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Make a message to a node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes that are online and can be reached."""
