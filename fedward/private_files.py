@@ -86,9 +86,13 @@ def hold(lock: Path, busy: str | None) -> Iterator[None]:
         busy: What to say where another process holds it; None waits for that one.
 
     Raises:
-        ConfigurationError: Another process holds it.
+        ConfigurationError: Another process holds it, or it cannot be made.
     """
-    with lock.open("w") as file:
+    try:
+        made = lock.open("w")
+    except OSError as error:
+        raise ConfigurationError(f"{lock}: cannot be written: {error.strerror}") from error
+    with made as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
         except OSError as error:

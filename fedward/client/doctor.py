@@ -4,7 +4,6 @@ The checks are real: the doctor connects, reads every record, hashes the models,
 ledger and tries the sandbox. It changes nothing, and sends the coordinator an empty request.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -20,13 +19,14 @@ from fedward.client.reach import Finding, reach
 from fedward.client.sandbox import offline_environment
 from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.client.site_records import look
+from fedward.client.status import disk_trouble
 from fedward.errors import ConfigurationError, DataError, FedwardError, ModelError
 from fedward.privacy.ledger import read_books
 from fedward.private_files import check_private
 from fedward.tuning.models import fingerprint
 
 _GIB = 2**30
-_DISK_WARN, _DISK_FAIL = 5 * _GIB, _GIB // 4
+_WARN = 5 * _GIB
 
 _SANDBOX = """
 import pathlib, socket, sys
@@ -108,15 +108,12 @@ def check_roster(folder: SiteFolder) -> Finding:
 
 def check_disk(folder: SiteFolder) -> Finding:
     """Ledger and journal must be able to grow: what they cannot record is not trained."""
+    trouble = disk_trouble(folder)
+    if trouble:
+        return Finding.fail("disk", trouble, "make room, or mount it writable; mend its owner")
     free = shutil.disk_usage(folder.root).free
     says = f"{free / _GIB:.1f} GiB free at {folder.root}"
-    if not os.access(folder.root, os.W_OK):
-        return Finding.fail(
-            "disk", f"{folder.root} cannot be written", "mount it writable; mend its owner"
-        )
-    if free < _DISK_FAIL:
-        return Finding.fail("disk", says, "make room: nothing is trained that cannot be recorded")
-    if free < _DISK_WARN:
+    if free < _WARN:
         return Finding.warn("disk", says, "make room soon")
     return Finding.ok("disk", says)
 

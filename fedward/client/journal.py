@@ -55,6 +55,7 @@ class Journal:
         self, path: Path, identity: Identity, *, clock: Callable[[], datetime] = _now
     ) -> None:
         self._chain, self._clock = Chain(path, identity, purpose=_PURPOSE), clock
+        self._chain.forget()
 
     @property
     def head(self) -> Line:

@@ -35,6 +35,7 @@ class SiteMemory:
         tasks: The folder of the adapters; made when it is needed.
 
     Raises:
+        LedgerError: An entry is of a kind that this version does not know.
         LedgerRolledBack: The ledger lacks what this memory saw of it.
     """
 
@@ -61,6 +62,10 @@ class SiteMemory:
             elif entry["kind"] == "receipt":
                 ledger.check_anchor(entry["seq"], entry["head"])
                 self._acknowledged = entry["seq"]
+            elif entry["kind"] != "released":
+                kind = entry["kind"]
+                raise LedgerError(f"unknown kind of entry {kind!r}; a newer version wrote it")
+        chain.forget()
 
     @classmethod
     def open(cls, path: Path, identity: Identity, ledger: Ledger) -> Self:

@@ -81,6 +81,8 @@ def status(site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False) -> 
             typer.echo(f"training: step {found.step}")
         cap = "no policy" if found.max_epsilon is None else f"of {found.max_epsilon:g}"
         typer.echo(f"epsilon {found.epsilon_spent:.3f} {cap}; {found.rounds_sent} rounds sent")
+        if found.disk:
+            typer.echo(f"disk: {found.disk}; nothing is trained that cannot be recorded")
     raise typer.Exit(0 if found.state == "running" else 1)
 
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 """Seconds between two signs of life."""
@@ -40,6 +43,8 @@ class Life:
 class Pulse:
     """The agent's signs of life: a file, written whole every time.
 
+    A disk that takes no file takes no sign of life, and stops nobody's work for it.
+
     Args:
         path: Where it lies.
         clock: Unix seconds; only simulations replace it.
@@ -47,6 +52,7 @@ class Pulse:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._path, self._clock, self._lock = path, clock, threading.RLock()
+        self._failed: int | None = 0
         now = clock()
         self._life = Life(pid=os.getpid(), started=now, beat=now)
         self.beat()
@@ -74,9 +80,21 @@ class Pulse:
     def _say(self, life: Life) -> None:
         with self._lock:
             self._life = dataclasses.replace(life, beat=self._clock())
-            scratch = self._path.with_name(f"{self._path.name}.part")
-            # Not synced: after a power loss there is no process to tell of.
-            descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(dataclasses.asdict(self._life), file)
-            scratch.replace(self._path)
+            try:
+                self._write()
+            except OSError as error:
+                if error.errno != self._failed:
+                    _LOG.warning(
+                        "%s: no sign of life can be written: %s", self._path, error.strerror
+                    )
+                self._failed = error.errno
+            else:
+                self._failed = 0
+
+    def _write(self) -> None:
+        scratch = self._path.with_name(f"{self._path.name}.part")
+        # Not synced: after a power loss there is no process to tell of.
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(dataclasses.asdict(self._life), file)
+        scratch.replace(self._path)

@@ -56,6 +56,10 @@ _ERRORS: Mapping[int, tuple[type[FedwardError], str]] = {
 _LOST = {grpc.StatusCode.DEADLINE_EXCEEDED: "it took longer than the plan's deadline"}
 
 
+class TrainerDied(ModelError):
+    """The trainer's process ended over a request."""
+
+
 class _Forgotten(ModelError):
     """The trainer was started anew, and has not the adapter that the request means."""
 
@@ -158,26 +162,16 @@ class RemoteTrainer:
         task.dataset, task.source = self._source(plan)
         tries_left = 2
         while tries_left:
-            self._wait()
-            with grpc.insecure_channel(self._address, options=OPTIONS) as channel:
-                stub = rpc.TrainerStub(channel)  # type: ignore[no-untyped-call]  # generated
+            try:
                 # Longer than a stage may take, no update is of any use.
-                deadline = plan.rounds.deadline_seconds
-                answers = method(stub)(_asked(task, adapter), timeout=deadline)
-                try:
-                    return read(answers)
-                except _Forgotten:
-                    if not task.kept:  # it was sent this time
-                        raise
-                    task.kept = b""
-                    continue
-                except grpc.RpcError:
-                    code: grpc.StatusCode = answers.code()
-            tries_left -= 1
-            if self._process is not None:
-                self._process.kill()  # dead, or of no more use
-            if code != grpc.StatusCode.UNAVAILABLE:
-                raise ModelError(f"the trainer gave no result: {_LOST.get(code, code.name)}")
+                return self._call(method, _asked(task, adapter), plan.rounds.deadline_seconds, read)
+            except _Forgotten:
+                if not task.kept:  # it was sent this time
+                    raise
+                task.kept = b""
+                continue
+            except TrainerDied:
+                tries_left -= 1
             if tries_left:
                 _LOG.warning(
                     "the trainer died at its task; it is started again and tries once more"
@@ -185,6 +179,33 @@ class RemoteTrainer:
         raise ModelError(
             "the trainer died at its task twice, perhaps for want of memory: see its log"
         )
+
+    def _call(
+        self,
+        method: Callable[[rpc.TrainerStub], Any],
+        asked: Iterator[wire.Asked],
+        seconds: float,
+        read: Callable[[Iterator[wire.Answer]], _T],
+    ) -> _T:
+        """One call over the socket, of a trainer that is started if it is not there.
+
+        Raises:
+            TrainerDied: It did not live to the end of its answer.
+            ModelError: It took longer, or its answer is not the one that was due.
+        """
+        self._wait()
+        with grpc.insecure_channel(self._address, options=OPTIONS) as channel:
+            stub = rpc.TrainerStub(channel)  # type: ignore[no-untyped-call]  # generated
+            answers = method(stub)(asked, timeout=seconds)
+            try:
+                return read(answers)
+            except grpc.RpcError:
+                code: grpc.StatusCode = answers.code()
+        if self._process is not None:
+            self._process.kill()  # dead, or of no more use
+        if code != grpc.StatusCode.UNAVAILABLE:
+            raise ModelError(f"the trainer gave no result: {_LOST.get(code, code.name)}")
+        raise TrainerDied("the trainer died at its task")
 
     def _wait(self) -> None:
         """Wait until the trainer listens, after starting it if that is this process's duty."""

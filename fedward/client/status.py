@@ -7,6 +7,8 @@ loopback.
 """
 
 import contextlib
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,9 @@ from fedward.errors import ConfigurationError
 from fedward.privacy.ledger import read_books
 from fedward.private_files import check_private, hold
 
+LEAST_FREE_BYTES = 1 << 28
+"""With less room a disk counts as full: an adapter and its records may no longer fit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
@@ -44,6 +49,7 @@ class Status:
         epsilon_spent: What patients have lost here, over all runs.
         max_epsilon: The policy's cap; None without a policy.
         rounds_sent: Updates that ever left.
+        disk: What keeps this site from recording, and so from training; empty if nothing does.
     """
 
     site: str
@@ -56,6 +62,7 @@ class Status:
     epsilon_spent: float
     max_epsilon: float | None
     rounds_sent: int
+    disk: str
 
 
 @contextlib.contextmanager
@@ -129,14 +136,25 @@ def site_status(folder: SiteFolder, now: float | None = None) -> Status:
         epsilon_spent=spent,
         max_epsilon=cap,
         rounds_sent=sent,
+        disk=disk_trouble(folder),
     )
+
+
+def disk_trouble(folder: SiteFolder) -> str:
+    """Why a site's disk takes no more records, in words; empty if it does."""
+    if not os.access(folder.root, os.W_OK):
+        return f"{folder.root} cannot be written: read-only, or another account's"
+    free = shutil.disk_usage(folder.root).free
+    if free < LEAST_FREE_BYTES:
+        return f"{free >> 20} MiB are free at {folder.root}, fewer than {LEAST_FREE_BYTES >> 20}"
+    return ""
 
 
 def prometheus(status: Status) -> str:
     """A status in Prometheus' text format; it has no labels, so that none can name a patient.
 
     >>> status = Status(site="x", state="running", connected=True, paused=False, training=False,
-    ...     step=0, silent_seconds=1.0, epsilon_spent=0.5, max_epsilon=None, rounds_sent=2)
+    ...     step=0, silent_seconds=1.0, epsilon_spent=0.5, max_epsilon=None, rounds_sent=2, disk="")
     >>> print(prometheus(status).splitlines()[2])
     fedward_site_running 1
     """
@@ -148,6 +166,7 @@ def prometheus(status: Status) -> str:
         ("step", "gauge", "The trainer's step.", status.step),
         ("epsilon_spent", "gauge", "Privacy spent over all runs.", status.epsilon_spent),
         ("epsilon_cap", "gauge", "The policy's cap.", status.max_epsilon),
+        ("disk_writable", "gauge", "1 while the disk takes records.", not status.disk),
         ("rounds_sent_total", "counter", "Updates that ever left.", status.rounds_sent),
     )
     lines = [

@@ -44,7 +44,7 @@ class Chain:
         purpose: What the signatures are for, an ASCII tag.
 
     Attributes:
-        entries: Every entry so far, in order.
+        entries: Every entry so far, in order, until :meth:`forget`.
 
     Raises:
         LedgerError: Another process holds the file, it cannot be read or written, or a line (named
@@ -61,7 +61,7 @@ class Chain:
         self.entries: list[dict[str, Any]] = []
         self._hashes: list[str] = []
         self._size = 0
-        self._broken = False
+        self._broken = self._forgets = False
         try:
             self._descriptor = self._open_file()
             self._close = weakref.finalize(self, os.close, self._descriptor)
@@ -103,11 +103,17 @@ class Chain:
         line = canonical_json(record | {"h": own.hex(), "sig": signature}) + b"\n"
         self._broken = True  # until it is known that all of it is there, or none
         self._write(line)
-        self.entries.append(json.loads(line)["entry"])
+        if not self._forgets:
+            self.entries.append(json.loads(line)["entry"])
         self._hashes.append(own.hex())
         self._size += len(line)
         failpoints.hit("chain.written")
         self._broken = False
+
+    def forget(self) -> None:
+        """Hold no entries in memory from now on, only hashes: the file has them."""
+        self._forgets = True
+        self.entries.clear()
 
     def check_anchor(self, seq: int, head: str) -> None:
         """Check that a head kept elsewhere still is part of this chain.

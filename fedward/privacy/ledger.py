@@ -40,6 +40,7 @@ class Ledger(Books):
     def __init__(self, chain: Chain, *, epsilon: float, delta: float) -> None:
         super().__init__(chain.entries, epsilon=epsilon, delta=delta)
         self._chain = chain
+        chain.forget()
 
     @classmethod
     def open(cls, path: Path, identity: Identity, *, epsilon: float, delta: float) -> Self:

@@ -1,5 +1,6 @@
 """The coordinator's control service: gRPC on a Unix socket that only its own user can open."""
 
+import contextlib
 import json
 import os
 import socket
@@ -21,7 +22,7 @@ from fedward.server.coordinator_folder import CoordinatorFolder
 from fedward.server.engine import Engine
 from fedward.server.members import open_members
 from fedward.server.runs import NoSuchRun, Run, RunBook, RunState
-from fedward.server.store import EVERYBODY, ROUND_ENDS, Event, Phase, RunStore
+from fedward.server.store import BEGINNING, EVERYBODY, ROUND_ENDS, Event, Phase, RunStore
 from fedward.tuning.vector import layout_from_bytes
 
 MESSAGE_BYTES = 1 << 30
@@ -79,13 +80,13 @@ class ControlService(control_pb2_grpc.ControlServicer):
             self._places.release()
 
     def _watch(self, name: str, context: grpc.ServicerContext) -> Iterator[wire.Event]:
-        told, roster = 0, self._roster()
+        mark, roster = BEGINNING, self._roster()
         while context.is_active() and not self._stop.is_set():
             ended = self._book.state(name) in _FINAL
-            events = self._events(name)
-            for event in events[told:]:
+            with contextlib.closing(RunStore(self._folder.runs)) as store:
+                events, mark = store.events_after(name, mark)
+            for event in events:
                 yield _event(event, roster)
-            told = len(events)
             if ended:
                 return
             self._stop.wait(_WATCH_SECONDS)
@@ -143,11 +144,8 @@ class ControlService(control_pb2_grpc.ControlServicer):
         )
 
     def _events(self, name: str) -> list[Event]:
-        store = RunStore(self._folder.runs)
-        try:
+        with contextlib.closing(RunStore(self._folder.runs)) as store:
             return store.events(name)
-        finally:
-            store.close()
 
     def _roster(self) -> Roster:
         with open_members(self._folder) as members:

@@ -11,6 +11,8 @@ from typing import TypeVar
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import OperationalError
 
+from fedward.errors import ConfigurationError
+
 _LOG = logging.getLogger(__name__)
 
 _BUSY_WAITS = (0.2, 0.5, 1.0, 2.0)
@@ -19,16 +21,44 @@ _PAGE, _LOG_BYTES = 1 << 16, 1 << 28
 T = TypeVar("T")
 
 
+FORMAT = 1
+"""Of the tables that this version writes, as ``user_version`` in each file; 0 came before it."""
+
+
 def connect(path: Path) -> sqlite3.Connection:
     """Open a database, made if it is missing; a writer waits up to 30 seconds for another.
 
     What is committed survives a power loss. Statements outside :func:`transaction` commit one by
     one.
+
+    Raises:
+        ConfigurationError: It is no database, or one of another format; nothing was changed.
     """
     db = sqlite3.connect(path, isolation_level=None, timeout=30)
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
+    try:
+        _check_format(db, path)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+    except (sqlite3.Error, ConfigurationError):
+        db.close()
+        raise
     return db
+
+
+def _check_format(db: sqlite3.Connection, path: Path) -> None:
+    try:
+        (found,) = db.execute("PRAGMA user_version").fetchone()
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):  # of the disk, and may be over soon
+            raise
+        raise ConfigurationError(f"{path}: {error}; bring back its newest copy") from error
+    if found not in {0, FORMAT}:
+        raise ConfigurationError(
+            f"{path}: has format {found}, and this version of Fedward reads format {FORMAT}: use "
+            "the version that wrote it, or bring back a copy from before the change"
+        )
+    if found == 0:
+        db.execute(f"PRAGMA user_version={FORMAT}")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from fedward import failpoints
 from fedward.canonical import canonical_json
 from fedward.errors import RoundError
 from fedward.plan import Plan
-from fedward.server.store import Phase, RunStore
+from fedward.server.store import BEGINNING, Event, Phase, RunStore
 from fedward.server.suspects import Record
 
 
@@ -22,6 +22,8 @@ class State:
         previous: Parts of the next task that let sites recompute this adapter; empty at first.
         holders: Sites that have the adapter before this one, as long as the open round has seen no
             attempt: their task needs no adapter.
+        session: Where the next attempt at the open round begins: at 1, and after a second pass that
+            was lost at the session behind it.
         attempts: Attempts that the open round has seen.
         missed: The last of them in a row that missed the minimum of sites, if the plan counts them.
         record: What the run's attempts have shown of its sites: one that lies or falls silent again
@@ -32,63 +34,96 @@ class State:
     adapter: bytes
     previous: Mapping[str, bytes]
     holders: frozenset[int]
+    session: int
     attempts: int
     missed: int
     record: Record
 
 
-def fold(store: RunStore, run: str, plan: Plan, start: bytes) -> State:
-    """Replay a run's events.
+class Fold:
+    """A run's state by its events; each event is read and checked once, however often it is asked.
 
     Args:
         store: Events and blobs.
         run: The run's name.
         plan: What the run was started with.
         start: The adapter's first state.
-
-    Raises:
-        RoundError: The run was started with another plan, or the store is damaged.
     """
-    committed, attempts, missed, record = 0, 0, 0, Record()
-    ready, holders = set[int](), frozenset[int]()
-    previous, fallen = dict[str, bytes](), dict[str, bytes]()
-    adapter, total = "", ""
-    for event in store.events(run):
+
+    def __init__(self, store: RunStore, run: str, plan: Plan, start: bytes) -> None:
+        self._store, self._run, self._plan, self._start = store, run, plan.hash().hex(), start
+        self._mark, self._record = BEGINNING, Record()
+        self._committed = self._attempts = self._missed = 0
+        self._session = 1
+        self._ready, self._holders = set[int](), frozenset[int]()
+        self._previous, self._fallen = dict[str, bytes](), dict[str, bytes]()
+        self._adapter = ""
+        self._sums: Mapping[str, str] = {}
+
+    def state(self) -> State:
+        """Where the run stands now.
+
+        Raises:
+            RoundError: The run was started with another plan, or the store is damaged.
+        """
+        events, mark = self._store.events_after(self._run, self._mark)
+        for event in events:
+            self._take(event)
+        self._mark = mark
+        failpoints.hit("round.folded")
+        sums = {name: self._store.blob(blob) for name, blob in self._sums.items()}
+        return State(
+            committed=self._committed,
+            adapter=self._store.blob(self._adapter) if self._committed else self._start,
+            previous={**self._previous, **sums},
+            holders=self._holders,
+            session=self._session,
+            attempts=self._attempts,
+            missed=self._missed,
+            record=self._record,
+        )
+
+    def _take(self, event: Event) -> None:
         facts = json.loads(event.payload)
         if event.phase in {Phase.ABORTED, Phase.COMMITTED}:
-            record = record.after(event.attempt.round, facts)
+            self._record = self._record.after(event.attempt.round, facts)
         if event.phase is Phase.STARTED:
-            attempts, ready, holders = event.attempt.attempt, set(), frozenset()
-            if facts["plan"] != plan.hash().hex():
+            self._attempts, self._ready = event.attempt.attempt, set()
+            self._holders = frozenset()
+            if facts["plan"] != self._plan:
                 raise RoundError(
-                    f"run {run!r} was started with another plan "
+                    f"run {self._run!r} was started with another plan "
                     f"({facts['plan'][:12]}): give it that plan, or start a new run"
                 )
+        elif event.phase is Phase.INVITED:
+            self._session = (
+                event.attempt.session | 1
+            )  # behind a second pass comes a first one
         elif event.phase is Phase.READY:
-            ready.add(event.site)
+            self._ready.add(event.site)
         elif event.phase is Phase.ABORTED:
-            missed = missed + 1 if facts.get("missed") else 0
+            self._missed = self._missed + 1 if facts.get("missed") else 0
         elif event.phase is Phase.FALLBACK:
-            committed, attempts, missed, holders = event.attempt.round, 0, 0, frozenset()
-            adapter, total = facts["adapter"], ""
-            previous = fallen = {"fallback": canonical_json([committed, adapter])}
+            self._end_round(event, facts["adapter"], {}, frozenset())
+            self._fallen = {"fallback": canonical_json([self._committed, self._adapter])}
+            self._previous = self._fallen
         elif event.phase is Phase.COMMITTED:
-            committed, attempts, missed, holders = event.attempt.round, 0, 0, frozenset(ready)
-            adapter, total = facts["adapter"], facts["sum"]
-            previous = {
+            sums = {name: facts[name] for name in ("sum", "first", "basis") if name in facts}
+            self._end_round(event, facts["adapter"], sums, frozenset(self._ready))
+            _, session, number = event.attempt.order
+            self._previous = {
                 "cohort": canonical_json(facts["cohort"]),
-                "attempt": canonical_json(event.attempt.attempt),
-                **fallen,
+                "attempt": canonical_json(number if session == 1 else [session, number]),
+                **self._fallen,
             }
-    failpoints.hit("round.folded")
-    if total:
-        previous["sum"] = store.blob(total)
-    return State(
-        committed=committed,
-        adapter=store.blob(adapter) if committed else start,
-        previous=previous,
-        holders=holders,
-        attempts=attempts,
-        missed=missed,
-        record=record,
-    )
+
+    def _end_round(
+        self, event: Event, adapter: str, sums: Mapping[str, str], holders: frozenset[int]
+    ) -> None:
+        self._committed, self._adapter, self._sums = event.attempt.round, adapter, sums
+        self._session, self._attempts, self._missed, self._holders = 1, 0, 0, holders
+
+
+def fold(store: RunStore, run: str, plan: Plan, start: bytes) -> State:
+    """A run's state by its events, once."""
+    return Fold(store, run, plan, start).state()

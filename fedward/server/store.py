@@ -63,6 +63,23 @@ class Event:
     payload: bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """How far somebody has read the events of all runs.
+
+    Args:
+        seq: Number of the last one read; 0 before the first.
+        head: The chain's hash there, 32 bytes.
+    """
+
+    seq: int = 0
+    head: bytes = bytes(32)
+
+
+BEGINNING = Mark()
+"""Before the first event."""
+
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS event (
   seq INTEGER PRIMARY KEY,
@@ -129,19 +146,34 @@ class RunStore:
         Raises:
             RoundError: An event was changed, removed or put in.
         """
-        head, found = _START, list[Event]()
+        return self.events_after(run, BEGINNING)[0]
+
+    def events_after(self, run: str, mark: Mark) -> tuple[list[Event], Mark]:
+        """A run's events since a mark, oldest first, and the next mark.
+
+        Who goes on from mark to mark has checked the whole chain, and each event once.
+
+        Raises:
+            RoundError: An event since then was changed, removed or put in, or the marked one was.
+        """
+        found = list[Event]()
+        if mark.seq:
+            there = self._db.execute("SELECT hash FROM event WHERE seq=?", (mark.seq,)).fetchone()
+            if there != (mark.head,):
+                raise RoundError(f"the event log is broken: event {mark.seq} is gone or another")
         rows = self._db.execute(
-            "SELECT run, round, session, attempt, site, phase, payload, hash "
-            "FROM event ORDER BY seq"
+            "SELECT seq, run, round, session, attempt, site, phase, payload, hash "
+            "FROM event WHERE seq>? ORDER BY seq",
+            (mark.seq,),
         )
-        for name, round_number, session, number, site, phase, payload, hashed in rows:
+        for seq, name, round_number, session, number, site, phase, payload, hashed in rows:
             attempt = Attempt(run=name, round=round_number, session=session, attempt=number)
-            head = _chain(head, attempt, site, phase, payload)
-            if head != hashed:
+            mark = Mark(seq=seq, head=_chain(mark.head, attempt, site, phase, payload))
+            if mark.head != hashed:
                 raise RoundError(f"the event log is broken at {phase} of {attempt}")
             if name == run:
                 found.append(Event(attempt=attempt, site=site, phase=Phase(phase), payload=payload))
-        return found
+        return found, mark
 
     def ledger_lines(self) -> dict[bytes, tuple[int, str]]:
         """The newest line of each site's ledger (number, hash) in the events of all runs, by key.
@@ -190,10 +222,7 @@ class RunStore:
 
     def _head(self) -> bytes:
         row = self._db.execute("SELECT hash FROM event ORDER BY seq DESC LIMIT 1").fetchone()
-        return _START if row is None else bytes(row[0])
-
-
-_START = bytes(32)
+        return BEGINNING.head if row is None else bytes(row[0])
 
 
 def _chain(head: bytes, attempt: Attempt, site: int, phase: str, payload: bytes) -> bytes:

@@ -5,6 +5,7 @@ sigma and the stream of a real trainer, so that an update with another draw is a
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -14,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fedward.client import trainer_pb2 as wire
 from fedward.client import trainer_pb2_grpc as rpc
-from fedward.client.remote_trainer import RemoteTrainer, _Forgotten
+from fedward.client.remote_trainer import RemoteTrainer, TrainerDied
 from fedward.client.trainer import LocalTrainer
 from fedward.client.trainer_service import TrainerService
 from fedward.client.training import TrainRequest, TrainResult
-from fedward.errors import FedwardError, ModelError
+from fedward.errors import FedwardError
 from fedward.plan import Plan
 from fedward.privacy.planned import training_event
 from fedward.simulations.faults.ground import LAYOUT, START, key_of
@@ -61,7 +62,7 @@ class FixedTrainer(LocalTrainer):
 
 
 class SimulatedTrainer(RemoteTrainer):
-    """The agent's half, whose calls reach the service in this process.
+    """The agent's half; only its calls do not go over a socket, but to the service in this process.
 
     Args:
         site: The site's number.
@@ -70,8 +71,9 @@ class SimulatedTrainer(RemoteTrainer):
     """
 
     def __init__(self, site: int, died: Callable[[], bool], working: Callable[[], Any]) -> None:
+        super().__init__(Path(f"trainer-{site}"))  # where nobody looks
         self._site, self._died, self._working = site, died, working
-        self._on_progress, self._service = None, self._start()
+        self._service = self._start()
 
     def _start(self) -> TrainerService:
         trainer = FixedTrainer(self._site)
@@ -86,38 +88,25 @@ class SimulatedTrainer(RemoteTrainer):
             self._service = self._start()
         return died
 
-    def _ask(
+    def _call(
         self,
         method: Callable[[rpc.TrainerStub], Any],
-        task: wire.Task,
-        adapter: bytes,
-        plan: Plan,
+        asked: Iterator[wire.Asked],
+        seconds: float,
         read: Callable[[Iterator[wire.Answer]], _T],
     ) -> _T:
-        """As over the socket: a trainer that dies is started again and asked once more."""
-        task.adapter_bytes = len(adapter)
-        tries_left = 2
-        while tries_left:
-            asked = [wire.Asked(task=task)]
-            if not task.kept:
-                asked.append(wire.Asked(adapter=adapter))
+        """In place of the socket: a call of the service, which may die over it."""
+        with self._working():
             call = method(cast("rpc.TrainerStub", self._service))
-            with self._working():
-                answers = call(iter(asked), cast("grpc.ServicerContext", _Context()))
-                try:
-                    return read(answers)
-                except _Forgotten:  # a trainer that was started again
-                    if not task.kept:
-                        raise
-                    task.kept = b""
-                    continue
-                except FedwardError:
-                    if not self._ended(answers):
-                        raise
-                finally:
-                    self._ended(answers)
-            tries_left -= 1
-        raise ModelError("the trainer died at its task twice, perhaps for want of memory")
+            answers = call(asked, cast("grpc.ServicerContext", _Context()))
+            try:
+                return read(answers)
+            except FedwardError as error:
+                if self._ended(answers):
+                    raise TrainerDied("the trainer died at its task") from error
+                raise
+            finally:
+                self._ended(answers)
 
 
 class _Context:
