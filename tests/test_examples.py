@@ -27,6 +27,7 @@ COLUMNS = {
         "source_url",
     ],
     "med_abstracts": ["id", "text", "label", "label_text"],
+    "dolly_fedit": ["id", "site", "category", "instruction", "context", "response"],
 }
 
 each = pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)

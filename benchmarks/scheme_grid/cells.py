@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,15 +31,51 @@ from fedward.tuning.vector import dimension
 Scheme = Literal["fedavg", "ffa", "alternating", "sketch-once"]
 SCHEMES: tuple[Scheme, ...] = ("fedavg", "ffa", "alternating", "sketch-once")
 WAYS = ("alone", *SCHEMES, "central", "pooled", "central-noise")
-EPSILONS = (math.inf, 3.0)
 SEEDS = (0, 1, 2)
 
-RATES = {math.inf: 0.02, 3.0: 30.0}
-"""Epsilon to the learning rate of every way: AdamW's without privacy, SGD's with it; chosen on a
-fifth of the training units, without looking at a test row (docs/benchmarks.md)."""
 
-TRIED = {math.inf: (0.02, 0.06), 3.0: (10.0, 30.0)}
-"""Rates that ``--tune`` tries."""
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is learned, by whom, and how fast.
+
+    Args:
+        example: The example plan.
+        data: The data set's folder.
+        rate: AdamW's learning rate without privacy, for every way.
+        private_rate: SGD's, with privacy. Both are chosen on a fifth of the training units, without
+            looking at a test row (docs/benchmarks.md).
+        epsilons: With what privacy; infinite is none.
+        alpha: Concentration of the labels' split in place of the example's; None leaves it.
+    """
+
+    example: str
+    data: str
+    rate: float
+    private_rate: float
+    epsilons: tuple[float, ...] = (math.inf, 3.0)
+    alpha: float | None = None
+
+
+TASKS = {
+    "medquad": Task(
+        example="medquad",
+        data="medquad",
+        rate=0.02,
+        private_rate=30.0,
+        epsilons=(math.inf, 3.0, 1.0, 8.0),
+    ),
+    "abstracts-half": Task(
+        example="med_abstracts", data="med_abstracts", rate=0.02, private_rate=30.0, alpha=0.5
+    ),
+    "abstracts-tenth": Task(
+        example="med_abstracts", data="med_abstracts", rate=0.02, private_rate=30.0, alpha=0.1
+    ),
+    "dolly": Task(example="dolly-sft", data="dolly_fedit", rate=0.005, private_rate=4.0),
+}
+"""Name to task. A score of ``dolly`` is a record's loss, of the others 1 for a right answer."""
+
+TRIED = {True: (3.0, 10.0, 30.0), False: (0.002, 0.006, 0.02)}
+"""Rates that ``--tune`` tries, with and without privacy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +100,14 @@ class Cell:
     """One training and its evaluation.
 
     Args:
+        task: One of :data:`TASKS`.
         way: A scheme; ``pooled`` (the mode); ``alone`` (each site for itself); ``central`` (all
             data in one place); or ``central-noise`` (the same with the noise of a pooled sum).
         epsilon: Of the whole training; infinite without clip and noise.
         seed: Of LoRA's start; draws and noise are new in every training.
     """
 
+    task: str = "medquad"
     way: str
     epsilon: float
     seed: int
@@ -78,14 +116,15 @@ class Cell:
     def name(self) -> str:
         """Task, seed, epsilon and way with dots between; also the name of its file."""
         epsilon = f"{self.epsilon:g}" if math.isfinite(self.epsilon) else "none"
-        return f"medquad.{self.seed}.{epsilon}.{self.way}"
+        return f"{self.task}.{self.seed}.{epsilon}.{self.way}"
 
 
 def grid() -> list[Cell]:
     """Every cell; what is compared stands together."""
     return [
-        Cell(way=way, epsilon=epsilon, seed=seed)
-        for seed, epsilon, way in itertools.product(SEEDS, EPSILONS, WAYS)
+        Cell(task=name, way=way, epsilon=epsilon, seed=seed)
+        for name, task in TASKS.items()
+        for seed, epsilon, way in itertools.product(SEEDS, task.epsilons, WAYS)
         if math.isfinite(epsilon) or way in {"alone", *SCHEMES, "central"}
     ]
 
@@ -113,7 +152,8 @@ class Grid:
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train and evaluate one cell and keep what came of it."""
         began, load = time.monotonic(), os.getloadavg()[0]
-        facts = self.train(cell, self.plan(cell), self._case.sites, self._case.test) | {
+        case = self._case(cell.task)
+        facts = self.train(cell, self.plan(cell), case.sites, case.test) | {
             "cell": cell.name,
             "plan": self.plan(cell).hash().hex(),
             "seconds": round(time.monotonic() - began, 1),
@@ -123,15 +163,15 @@ class Grid:
         return facts
 
     def tune(self, cell: Cell) -> dict[float, float]:
-        """Learning rate to accuracy on training units that are held out, a fifth of each site's."""
+        """Learning rate to mean score on held-out training units, a fifth of each site's."""
         kept, held = dict[str, Records](), list[Records]()
-        for name, records in self._case.sites.items():
+        for name, records in self._case(cell.task).sites.items():
             order = np.random.default_rng(1).permutation(len(records.units)).tolist()
             fifth = math.ceil(len(order) / 5)
             held.append(select(records, order[:fifth]))
             kept[name] = select(records, order[fifth:])
         found = {}
-        for rate in TRIED[cell.epsilon]:
+        for rate in TRIED[math.isfinite(cell.epsilon)]:
             plan = self.plan(cell, rate)
             found[rate] = self.train(cell, plan, kept, merge(held))["mean"]
         return found
@@ -157,21 +197,24 @@ class Grid:
         else:
             folder = self._folder / "runs" / cell.name
             shutil.rmtree(folder, ignore_errors=True)
-            adapter, facts = federate(plan, dataclasses.replace(self._case, sites=sites), folder)
+            adapter, facts = federate(
+                plan, dataclasses.replace(self._case(cell.task), sites=sites), folder
+            )
             shutil.rmtree(folder)
             scores = self._scores(plan, adapter, test)
         return facts | {"mean": float(scores.mean()), "scores": scores.tolist()}
 
     def plan(self, cell: Cell, rate: float | None = None) -> Plan:
         """The example's plan with the cell's way, privacy and learning rate."""
-        private, plan = math.isfinite(cell.epsilon), self._example
+        private, task = math.isfinite(cell.epsilon), TASKS[cell.task]
+        plan, sites = self._example(cell.task), len(self._case(cell.task).sites)
         rounds = Rounds(
             count=self._size.private_rounds if private else self._size.rounds,
             spare=0,
             steps=1 if private else 5,
             sampling_rate=0.1,
-            normaliser=self._size.rows / 9 * 0.1,
-            learning_rate=rate or RATES[cell.epsilon],
+            normaliser=self._size.rows / sites * 0.1,
+            learning_rate=rate or (task.private_rate if private else task.rate),
             optimizer="sgd" if private else "adamw",
             deadline="10m",
         )
@@ -188,16 +231,24 @@ class Grid:
             privacy=Privacy(epsilon=cell.epsilon, delta=1e-5, clip=0.5, records_per_unit=1),
         )
 
-    @cached_property
-    def _example(self) -> Plan:
-        plan = load_plan(EXAMPLES / "medquad.toml")
+    @cache  # noqa: B019  # a grid lives as long as its process
+    def _example(self, name: str) -> Plan:
+        task = TASKS[name]
+        plan = load_plan(EXAMPLES / f"{task.example}.toml")
         found = fingerprint(resolve_model(plan.model))
-        return dataclasses.replace(plan, model=dataclasses.replace(plan.model, sha256=found))
+        split = plan.data.split
+        if split is not None and task.alpha is not None:
+            split = dataclasses.replace(split, alpha=task.alpha)
+        return dataclasses.replace(
+            plan,
+            model=dataclasses.replace(plan.model, sha256=found),
+            data=dataclasses.replace(plan.data, split=split),
+        )
 
-    @cached_property
-    def _case(self) -> Case:
-        """The nine institutes, each with the same share of its units."""
-        case = freeze_case(self._example, self._data / "medquad")
+    @cache  # noqa: B019
+    def _case(self, name: str) -> Case:
+        """The task's sites, each with the same share of its units."""
+        case = freeze_case(self._example(name), self._data / TASKS[name].data)
         rows = sum(len(records.rows) for records in case.sites.values())
         sites = {
             name: _part(records, self._size.rows / rows) for name, records in case.sites.items()
@@ -206,8 +257,9 @@ class Grid:
         return dataclasses.replace(case, sites=sites, test=test)
 
     @staticmethod
-    def _scores(plan: Plan, adapter: bytes, test: Records) -> Any:  # noqa: ANN401  # 0 and 1
-        return evaluate_adapter(plan, adapter, test).correct
+    def _scores(plan: Plan, adapter: bytes, test: Records) -> Any:  # noqa: ANN401  # a float each
+        found = evaluate_adapter(plan, adapter, test)
+        return found.losses if plan.task.objective == "sft" else found.correct
 
 
 def _noise_of_a_sum(plan: Plan, sites: int) -> float:

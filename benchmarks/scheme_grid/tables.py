@@ -1,4 +1,4 @@
-"""What finished cells say together: accuracy, bytes, seconds and paired differences."""
+"""What finished cells say together: scores, bytes, seconds and paired differences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 
 from fedward.tuning.metrics import paired_interval
-from scheme_grid.cells import EPSILONS, SEEDS, WAYS, Cell
+from scheme_grid.cells import SEEDS, TASKS, WAYS, Cell
 
 Results = Mapping[str, Mapping[str, Any]]
+
+Setting = tuple[str, float]
+"""Task and epsilon: what ways are compared under."""
+
+SETTINGS = [(name, epsilon) for name, task in TASKS.items() for epsilon in task.epsilons]
 
 PAIRS = (
     ("sketch-once", "fedavg"),
@@ -25,64 +30,68 @@ PAIRS = (
 """Ways whose difference is reported."""
 
 
-def _of(done: Results, way: str, epsilon: float, seeds: Sequence[int]) -> list[Mapping[str, Any]]:
-    names = [Cell(way=way, epsilon=epsilon, seed=seed).name for seed in seeds]
+def _of(done: Results, way: str, setting: Setting, seeds: Sequence[int]) -> list[Mapping[str, Any]]:
+    task, epsilon = setting
+    names = [Cell(task=task, way=way, epsilon=epsilon, seed=seed).name for seed in seeds]
     return [done[name] for name in names if name in done]
 
 
-def _both(done: Results, one: str, other: str, epsilon: float) -> list[int]:
+def _both(done: Results, one: str, other: str, setting: Setting) -> list[int]:
     """The seeds of which both ways are done."""
     return [
         seed
         for seed in SEEDS
-        if _of(done, one, epsilon, [seed]) and _of(done, other, epsilon, [seed])
+        if _of(done, one, setting, [seed]) and _of(done, other, setting, [seed])
     ]
 
 
 def _difference(
-    done: Results, one: str, other: str, epsilon: float
+    done: Results, one: str, other: str, setting: Setting
 ) -> tuple[float, float, float] | None:
     """Mean difference with its interval: scores are means over seeds, pairs are test rows."""
-    seeds = _both(done, one, other, epsilon)
+    seeds = _both(done, one, other, setting)
     if not seeds:
         return None
     ours, theirs = (
-        np.mean([cell["scores"] for cell in _of(done, way, epsilon, seeds)], axis=0)
+        np.mean([cell["scores"] for cell in _of(done, way, setting, seeds)], axis=0)
         for way in (one, other)
     )
     return paired_interval(ours, theirs)
 
 
-def _name(epsilon: float) -> str:
-    return f"epsilon {epsilon:g}" if math.isfinite(epsilon) else "no privacy"
+def _name(setting: Setting) -> str:
+    task, epsilon = setting
+    return f"{task}, " + (f"epsilon {epsilon:g}" if math.isfinite(epsilon) else "no privacy")
 
 
 def sentences(done: Results) -> list[str]:
     """One line a way, and one a difference."""
     lines = []
-    for epsilon in EPSILONS:
+    for setting in SETTINGS:
         for way in WAYS:
-            means = [cell["mean"] for cell in _of(done, way, epsilon, SEEDS)]
+            means = [cell["mean"] for cell in _of(done, way, setting, SEEDS)]
             if means:
                 each = ", ".join(f"{mean:.3f}" for mean in means)
-                lines.append(f"{_name(epsilon)}, {way}: {np.mean(means):.3f} ({each})")
+                lines.append(f"{_name(setting)}, {way}: {np.mean(means):.3f} ({each})")
         for one, other in PAIRS:
-            found = _difference(done, one, other, epsilon)
+            found = _difference(done, one, other, setting)
             if found is not None:
-                lines.append(f"{_name(epsilon)}, {one} - {other}: {_interval(found)}")
+                lines.append(f"{_name(setting)}, {one} - {other}: {_interval(found)}")
     return lines
 
 
 def figures(done: Results) -> dict[str, Any]:
-    """Every mean and difference by name; those without privacy have the short names."""
+    """Every mean and difference by name; those of medquad without privacy have the short names."""
     named: dict[str, Any] = {}
-    for epsilon in EPSILONS:
-        prefix = "" if math.isinf(epsilon) else f"epsilon_{epsilon:g}."
+    for setting in SETTINGS:
+        task, epsilon = setting
+        prefix = "" if task == "medquad" else f"{task}."
+        prefix += "" if math.isinf(epsilon) else f"epsilon_{epsilon:g}."
         for way in WAYS:
-            means = [cell["mean"] for cell in _of(done, way, epsilon, SEEDS)]
+            means = [cell["mean"] for cell in _of(done, way, setting, SEEDS)]
             named |= {f"{prefix}{way}": means} if means else {}
         for one, other in PAIRS:
-            found = _difference(done, one, other, epsilon)
+            found = _difference(done, one, other, setting)
             if found is not None:
                 key = f"{one}_minus_{other}".replace("sketch-once", "sketch_once")
                 named[f"{prefix}{key}"] = found
@@ -97,12 +106,12 @@ def figures(done: Results) -> dict[str, Any]:
 def markdown(done: Results) -> str:
     """Tables for docs/benchmarks.md."""
     lines = [
-        "| privacy | way | accuracy, mean (each seed) | KB up a site and round | seconds |",
+        "| task, privacy | way | accuracy or loss (each seed) | KB up a site and round | seconds |",
         "|---|---|---|---|---|",
     ]
-    for epsilon in EPSILONS:
+    for setting in SETTINGS:
         for way in WAYS:
-            cells = _of(done, way, epsilon, SEEDS)
+            cells = _of(done, way, setting, SEEDS)
             if cells:
                 means = [cell["mean"] for cell in cells]
                 each = ", ".join(f"{mean:.3f}" for mean in means)
@@ -110,13 +119,13 @@ def markdown(done: Results) -> str:
                 up = f"{np.median(sent):.0f}" if sent else ""
                 seconds = f"{np.median([cell['seconds'] for cell in cells]):.0f}"
                 score = f"{np.mean(means):.3f} ({each})"
-                lines.append(f"| {_name(epsilon)} | {way} | {score} | {up} | {seconds} |")
-    lines += ["", "| privacy | difference | accuracy [95 % paired] |", "|---|---|---|"]
-    for epsilon in EPSILONS:
+                lines.append(f"| {_name(setting)} | {way} | {score} | {up} | {seconds} |")
+    lines += ["", "| task, privacy | difference | [95 % paired] |", "|---|---|---|"]
+    for setting in SETTINGS:
         for one, other in PAIRS:
-            found = _difference(done, one, other, epsilon)
+            found = _difference(done, one, other, setting)
             if found is not None:
-                lines.append(f"| {_name(epsilon)} | {one} - {other} | {_interval(found)} |")
+                lines.append(f"| {_name(setting)} | {one} - {other} | {_interval(found)} |")
     return "\n".join(lines)
 
 
