@@ -31,7 +31,8 @@ _BACKDATED = datetime.timedelta(hours=1)  # sites' clocks may be behind
 def issue(folder: CoordinatorFolder, now: datetime.datetime) -> bool:
     """Make the CA if there is none, and the server certificate unless a good one is there.
 
-    A good one names the configured host, comes from this CA and holds for 30 days more.
+    A good one names the configured host, comes from this CA, holds already (the clock may have been
+    ahead when it was made) and for 30 days more. Only to make one the CA's key has to be there.
 
     Args:
         folder: The coordinator's.
@@ -47,9 +48,9 @@ def issue(folder: CoordinatorFolder, now: datetime.datetime) -> bool:
         _make_ca(folder, now)
     try:
         ca = x509.load_pem_x509_certificate(folder.ca.read_bytes())
-        ca_key = _load_key(folder.ca_key.read_bytes())
         if _is_good(folder, ca, now):
             return False
+        ca_key = _load_key(folder.ca_key.read_bytes())
     except (OSError, ValueError, TypeError) as error:
         raise IdentityError(
             f"{folder.root}: a certificate or its key cannot be read ({type(error).__name__}); "
@@ -150,7 +151,8 @@ def _is_good(folder: CoordinatorFolder, ca: x509.Certificate, now: datetime.date
     key = _load_key(folder.server_key.read_bytes())
     names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return (
-        found.not_valid_after_utc - now > _RENEW_BEFORE
+        found.not_valid_before_utc <= now
+        and found.not_valid_after_utc - now > _RENEW_BEFORE
         and list(names) == [_san(folder.config().host)]
         and found.issuer == ca.subject
         and found.public_key() == key.public_key()  # a crash may have come between the two files

@@ -10,7 +10,6 @@ killed at any instant (docs/adr/0007). These modules alone touch Flower's intern
 import contextlib
 import fcntl
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,14 +36,15 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
+from flwr.supercore.state.schema.corestate_models import Task
 from flwr.supercore.state.schema.objectstore_models import ObjectChild, StoredObject
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.config_loader import (
     get_federation_manager,
     get_objectstore_linkstate_factories,
 )
 from sqlalchemy import delete, select, update
-from sqlalchemy.exc import OperationalError
 
 from fedward.errors import IdentityError, RoundError
 from fedward.messages import inflate
@@ -52,7 +52,6 @@ from fedward.server.database import expect_large_pieces, retry_busy
 
 _LOG = logging.getLogger(__name__)
 
-_BEAT_SECONDS = 10.0
 _LONGEST_POLL = 0.5
 _DELIVERIES = 3
 _DROPPED = "dropped by Flower"  # in the place of an activation: no site has said hello then
@@ -158,23 +157,13 @@ class LinkGrid(Grid):
         self._pending: dict[str, _Pending] = {}
         self._only_away_since: float | None = None
         self._next_look = self._last_found = 0.0
-        self._closed = threading.Event()
         self._run, self._task = _open_run(state)
         TaskIdentity.run_id, TaskIdentity.task_id = self._run.run_id, self._task
         TaskIdentity.node_id = SUPERLINK_NODE_ID
-        self._beat = threading.Thread(target=self._keep_alive, name="link-beat", daemon=True)
-        self._beat.start()
 
     def close(self) -> None:
         """End the Flower run: sites drop what they still wanted to say to it."""
-        self._closed.set()
-        self._beat.join()
         self._state.stop_run(self._run.run_id)
-
-    def _keep_alive(self) -> None:
-        while not self._closed.wait(_BEAT_SECONDS):
-            with contextlib.suppress(OperationalError):  # busy: there are five more chances
-                self._state.acknowledge_task_heartbeat(self._task)
 
     def set_run(self, run: Run) -> None:
         """Nothing: the grid opens its own run."""
@@ -377,6 +366,11 @@ def _open_run(state: LinkState) -> tuple[Run, int]:
     (task,) = tasks
     if state.claim_task(task.task_id) is None or not state.activate_task(task.task_id):
         raise RoundError("Flower does not start its run: its database cannot be used")
+    # Flower ends for good a run of which it hears nothing for a minute of its clock: the clock may
+    # be set, the machine may sleep. What a killed engine left, the next one ends (end_left_runs).
+    with cast(SqlLinkState, state).session() as session:
+        ours = Task.task_id == uint64_to_int64(task.task_id)
+        session.execute(update(Task).where(ours).values(active_until=None))
     return runs[0], task.task_id
 
 

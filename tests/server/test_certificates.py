@@ -80,6 +80,21 @@ def test_a_good_certificate_stays_and_an_ending_one_is_renewed_under_the_same_ca
     check(folder, "fed.example.org", at=NOW + 400 * DAY)
 
 
+def test_a_certificate_of_a_clock_that_was_ahead_is_made_again(tmp_path):
+    folder = made(tmp_path / "c")
+    assert issue(folder, NOW + 370 * DAY)
+    assert issue(folder, NOW), "until next year no site would take it"
+    check(folder, "fed.example.org")
+
+
+def test_the_key_of_the_ca_may_be_elsewhere_until_it_is_needed(tmp_path):
+    folder = made(tmp_path / "c")
+    folder.ca_key.unlink()
+    assert not issue(folder, NOW)
+    with pytest.raises(IdentityError, match=r"restore ca\.pem"):
+        issue(folder, NOW + 370 * DAY)
+
+
 def test_a_key_without_its_certificate_after_a_crash_is_made_again(tmp_path):
     folder = made(tmp_path / "c")
     folder.server_key.write_bytes(made(tmp_path / "d").server_key.read_bytes())
@@ -89,6 +104,7 @@ def test_a_key_without_its_certificate_after_a_crash_is_made_again(tmp_path):
 
 def test_a_damaged_ca_is_not_replaced_silently(tmp_path):
     folder = made(tmp_path / "c")
-    folder.ca_key.unlink()
+    folder.ca_key.write_text("none")
+    folder.server_certificate.unlink()
     with pytest.raises(IdentityError, match=r"restore ca\.pem"):
         issue(folder, NOW)

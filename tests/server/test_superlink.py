@@ -4,6 +4,7 @@ A new minor version of Flower is taken when these hold.
 """
 
 import contextlib
+import datetime
 import logging
 import os
 import threading
@@ -27,6 +28,7 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.corestate import sql_corestate
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_id,
@@ -266,7 +268,20 @@ def test_the_database_outlives_a_killed_engine_and_its_run_does_not(house):
         assert house.state.num_message_ins() == 0
         (reply,) = grid.send_and_receive([letter(grid, house.nodes[0], b"new")], timeout=30)
         assert data_of(reply) == b"wen"
-    left._closed.set()
+
+
+def test_a_run_outlives_a_minute_without_a_word_and_a_clock_that_is_set(house, monkeypatch):
+    def status(grid: LinkGrid) -> str:
+        return house.state.get_run_status({grid.run.run_id})[grid.run.run_id].status
+
+    def later() -> datetime.datetime:
+        return datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=365)
+
+    with house.grid() as grid:
+        monkeypatch.setattr(sql_corestate, "now", later)
+        assert status(grid) == "running"
+        house.state.stop_run(grid.run.run_id)
+        assert status(grid) == "finished"
 
 
 @pytest.mark.parametrize(
