@@ -37,6 +37,7 @@ SESSION_ACTIONS = ("hello", "shares", "masked", "consistency", "unmask")
 
 MESSAGE_TYPES = {
     "task": "train",
+    "second": "train.second",
     **{action: f"train.{action}" for action in SESSION_ACTIONS},
     "evaluate": "evaluate",
 }

@@ -36,8 +36,8 @@ class Aggregation:
 
     Args:
         scheme: ``fedavg`` (every trainable tensor), ``ffa`` (LoRA's A frozen and orthonormal),
-            ``alternating`` (A and B in turn, B first; A starts orthonormal), or ``sketch-once``
-            (the mean of the products, from sketches).
+            ``alternating`` (A and B in turn, B first; A starts orthonormal), ``sketch`` (the mean
+            of the products, from two sums over the same sites), or ``sketch-once`` (from one).
         update_clip: L2 bound of a site's update, > 0; fixes the fixed-point grid.
         word_bits: Bits of one word of the masked sum; 16 halve what a site sends.
         weights: Site name to its weight in the mean, a number above 0 for every site; left out,
@@ -51,7 +51,7 @@ class Aggregation:
         tau: What is added to the root of the second moment, 1e-9 to 1; not for ``momentum``.
     """
 
-    scheme: Literal["fedavg", "ffa", "alternating", "sketch-once"] = "fedavg"
+    scheme: Literal["fedavg", "ffa", "alternating", "sketch", "sketch-once"] = "fedavg"
     update_clip: float = 1.0
     word_bits: Literal[16, 32] = 32
     weights: Mapping[str, float] | None = field(default=None, hash=False)
@@ -70,11 +70,12 @@ class Aggregation:
         require(0 <= self.beta_1 < 1, "beta_1", self.beta_1, "at least 0 and below 1")
         require(0 <= self.beta_2 < 1, "beta_2", self.beta_2, "at least 0 and below 1")
         require(1e-9 <= self.tau <= 1, "tau", self.tau, "1e-9 to 1")
-        steady = self.scheme not in {"alternating", "sketch-once"}
+        sketched = self.scheme in {"sketch", "sketch-once"}
+        steady = not sketched and self.scheme != "alternating"
         allowed = f"'none' with {self.scheme!r}"
         require(steady or self.optimizer == "none", "optimizer", self.optimizer, allowed)
-        once = self.scheme == "sketch-once"  # a product is not linear in its factors
-        require(not once or rate == 1, "server_learning_rate", rate, f"1 with {self.scheme!r}")
+        allowed = f"1 with {self.scheme!r}"  # a product is not linear in its factors
+        require(not sketched or rate == 1, "server_learning_rate", rate, allowed)
         for name, weight in (self.weights or {}).items():
             holds = type(weight) is float and 1e-9 <= weight <= 1e9
             require(holds, f"weights.{name}", weight, "a number, 1e-9 to 1e9")

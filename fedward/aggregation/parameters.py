@@ -1,5 +1,6 @@
 """What a session is about (``P`` of R0), and what a site's own policy makes of it."""
 
+import dataclasses
 import json
 import math
 import re
@@ -59,6 +60,9 @@ class SessionParameters:
             1,024; empty: all weigh alike. Public constants of the plan, never a number of patients.
         rotated: Whether updates are rotated before they are rounded
             (:mod:`fedward.aggregation.rotation`); 16-bit words need it.
+        cohort: The sites that must be in the sum, all of them and no others, ascending: of a second
+            pass the survivors of the first, and then the minimum is their number. Empty: whoever
+            comes.
     """
 
     attempt: Attempt
@@ -74,6 +78,7 @@ class SessionParameters:
     deadline: int = 3600
     weights: tuple[tuple[int, float], ...] = ()
     rotated: bool = False
+    cohort: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -102,10 +107,24 @@ class SessionParameters:
             ("weights", ids, known and ids == sorted(set(ids)), "site ids, ascending"),
             ("weights", len(ids), len(ids) <= 1024, "at most 1024"),
             ("weights", self.weights, weighed, "1e-9 to 1e9 each"),
+            ("cohort", self.cohort, self._whole, "site ids, ascending, as many as the minimum"),
         )
         for key, value, holds, allowed in checks:
             if not holds:
                 raise InvalidValue(key, value, allowed)
+
+    @property
+    def _whole(self) -> bool:
+        ids = all(type(site) is int and 0 <= site < 2**32 for site in self.cohort)
+        ascending = ids and self.cohort == tuple(sorted(set(self.cohort)))
+        return ascending and (not self.cohort or len(self.cohort) == self.minimum)
+
+    @property
+    def reserved(self) -> Attempt:
+        """The attempt whose reservation pays for the input: a second pass has the first one's."""
+        if not self.cohort:
+            return self.attempt
+        return dataclasses.replace(self.attempt, session=self.attempt.session - 1)
 
     @property
     def words(self) -> int:
@@ -153,7 +172,18 @@ class SessionParameters:
             "minimum": self.minimum,
             "noise": float(self.noise).hex(),
             "deadline": self.deadline,
+            **({"cohort": list(self.cohort)} if self.cohort else {}),
         }
+
+    def difference(self, other: bytes) -> str:
+        """Name the parameters of another ``P`` that are not these; they are public.
+
+        Raises:
+            ProtocolError: As of :meth:`from_bytes`.
+        """
+        ours, theirs = self.fields(), self.from_bytes(other).fields()
+        names = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        return "; ".join(f"{key} = {theirs.get(key)!r}, not {ours.get(key)!r}" for key in names)
 
     def to_bytes(self) -> bytes:
         """``P``: canonical JSON of :meth:`fields`."""
@@ -187,7 +217,7 @@ _TEXT = ("proto", "run", "roster_hash", "task_hash", "gamma", "clip", "noise")
 def _typed(fields: Any) -> Mapping[str, Any]:  # noqa: ANN401  # JSON before its types are checked
     """Refuse other types than P has: True is an int to Python, and 1.0 equals 1."""
     for name, value in dict(fields).items():
-        kind = list if name == "slots" else str if name in _TEXT else int
+        kind = list if name in {"slots", "cohort"} else str if name in _TEXT else int
         if name == "weights":
             kind = str if value == "uniform" else list
         if type(value) is not kind:
@@ -220,6 +250,7 @@ def _build(fields: Mapping[str, Any]) -> SessionParameters:
         deadline=fields["deadline"],
         weights=_weights(fields["weights"]),
         rotated=bool(fields["rotated"]),
+        cohort=tuple(fields.get("cohort", ())),
     )
 
 

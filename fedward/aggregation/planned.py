@@ -20,7 +20,13 @@ _METRIC_CLIP = float(1 << 20)  # a site's sum over held-out units; a public cons
 
 
 def planned_session(
-    plan: Plan, roster: Roster, attempt: Attempt, *, task_hash: bytes, dimension: int
+    plan: Plan,
+    roster: Roster,
+    attempt: Attempt,
+    *,
+    task_hash: bytes,
+    dimension: int,
+    cohort: tuple[int, ...] = (),
 ) -> SessionParameters:
     """The parameters of a session of this plan.
 
@@ -30,29 +36,32 @@ def planned_session(
         attempt: Run, round, session, attempt.
         task_hash: What the updates start from, 32 bytes.
         dimension: Coordinates of an update.
+        cohort: In a second pass the survivors of the first; metrics have been in that one's sum.
 
     Raises:
-        InvalidValue: The plan's cohort, word size or weights do not fit the roster.
+        InvalidValue: The plan's cohort, word size, weights or ranks do not fit the roster.
     """
     sites = len(roster.members)
     aggregation, metrics = plan.aggregation, plan.metrics
     if plan.cohort.minimum > sites:
         raise InvalidValue("minimum", plan.cohort.minimum, f"at most the {sites} sites there are")
     noise = noise_share(plan, dimension) if plan.mode == "pooled" else 0.0
+    names = METRIC_SLOTS if metrics and not cohort else ()
     return SessionParameters(
         attempt=attempt,
         roster_hash=roster.hash(),
         task_hash=task_hash,
         dimension=dimension,
         grid=_grid(plan, dimension, sites, noise),
-        slots=tuple(Slot(name=n, clip=_METRIC_CLIP) for n in METRIC_SLOTS) if metrics else (),
+        slots=tuple(Slot(name=n, clip=_METRIC_CLIP) for n in names),
         colluders=plan.cohort.colluders,
         dropouts=sites // 10,
-        minimum=plan.cohort.minimum,
+        minimum=len(cohort) or plan.cohort.minimum,
         noise=noise,
         deadline=plan.rounds.deadline_seconds,
         weights=_weights(aggregation, roster),
         rotated=aggregation.word_bits == 16,
+        cohort=cohort,
     )
 
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedward.aggregation import two_pass
 from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.planned import METRIC_SLOTS
 from fedward.aggregation.schemes import Layout, Vector, round_layout
 from fedward.aggregation.server_optimizer import Moments, next_state
 from fedward.aggregation.sketch import check_rebuilt, rebuild, sketch, sketched_words
+from fedward.aggregation.two_pass import Second
 from fedward.attempt import Attempt
 from fedward.canonical import digest
 from fedward.errors import ProtocolError
@@ -19,12 +21,12 @@ from fedward.plan_aggregation import Aggregation
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """The plan's rule in one round.
+    """The plan's rule in one session of a round.
 
     Args:
         settings: The plan's ``[aggregation]``.
         layout: All trainable tensors of the run.
-        attempt: Any attempt at the round.
+        attempt: Any attempt at the round, in the session that is meant where there are two passes.
     """
 
     settings: Aggregation
@@ -39,42 +41,80 @@ class Rule:
     @property
     def recomputes(self) -> bool:
         """Whether a site makes the next adapter from the mean alone, to the last bit."""
-        return self.settings.scheme != "sketch-once"
+        return self.settings.scheme not in {"sketch", "sketch-once"}
+
+    @property
+    def passes(self) -> int:
+        """Sessions that a round has, one after another, over the same sites."""
+        return 2 if self.settings.scheme == "sketch" else 1
+
+    @property
+    def again(self) -> bool:
+        """Whether the attempt's session is a second pass: odd ones are first, even ones second."""
+        return self.passes == 2 and self.attempt.session % 2 == 0
 
     @property
     def words(self) -> int:
-        """Length of what a site sends."""
-        if not self.recomputes:
+        """Length of what a site sends in the attempt's session."""
+        if self.settings.scheme == "sketch-once":
             return sketched_words(self.trained)
+        if self.passes == 2:
+            count = two_pass.words_of_second if self.again else two_pass.words_of_first
+            return count(self.trained)
         return sum(int(np.prod(shape, dtype=np.int64)) for _, shape in self.trained)
 
-    def to_send(self, update: Vector) -> Vector:
+    def to_send(self, update: Vector, basis: Vector | None = None) -> Vector:
         """What a site puts into the sum: L2 norm at most ``update_clip``.
 
         Args:
             update: ``(d,)`` float32.
+            basis: In a second pass: the published one, checked.
 
         Returns:
             ``(words,)`` float32.
         """
         clip = self.settings.update_clip
-        if not self.recomputes:
+        if self.settings.scheme == "sketch-once":
             update = sketch(update, self.trained, self._key, clip)
+        elif basis is not None:
+            update = two_pass.second_pass(update, self.trained, basis, clip)
+        elif self.passes == 2:
+            update = two_pass.first_pass(update, self.trained, self._key, clip)
         return clip_update(update, clip)
 
+    def basis(self, mean: npt.NDArray[np.float64]) -> Vector:
+        """What the second pass asks of sites, from the mean of the first, for the coordinator."""
+        return two_pass.basis_of(mean, self.trained, self._key)
+
+    def check_basis(self, mean: npt.NDArray[np.float64], basis: Vector) -> None:
+        """Check what a second pass asks, for a site.
+
+        Raises:
+            ProtocolError: It is not a basis of what the first pass's mean gives.
+        """
+        two_pass.check_basis(mean, self.trained, self._key, basis)
+
     def advance(
-        self, start: Vector, moments: Moments, mean: npt.NDArray[np.float64]
+        self,
+        start: Vector,
+        moments: Moments,
+        mean: npt.NDArray[np.float64],
+        second: Second | None = None,
     ) -> tuple[Vector, dict[str, Vector]]:
         """The next trained parameters and moments, for the coordinator.
 
         Args:
             start: ``(d,)`` float32.
             moments: The server optimizer's, empty in the first round.
-            mean: ``(words,)`` float64.
+            mean: ``(words,)`` float64, of the first pass.
+            second: Of the second pass, if there is one.
         """
+        clip = self.settings.update_clip
         if self.recomputes:
             return next_state(start, moments, mean, self.settings)
-        return rebuild(start, mean, self.trained, self._key, self.settings.update_clip), {}
+        if second is not None:
+            return two_pass.rebuild(start, mean, self.trained, second), {}
+        return rebuild(start, mean, self.trained, self._key, clip), {}
 
     def accept(
         self,
@@ -82,15 +122,17 @@ class Rule:
         moments: Moments,
         mean: npt.NDArray[np.float64],
         published: Vector | None,
+        second: Second | None = None,
     ) -> tuple[Vector, dict[str, Vector]]:
         """What the next trained parameters must be, for a site.
 
         Args:
             start: ``(d,)`` float32, as the site had them.
             moments: Those of the round before.
-            mean: ``(words,)`` float64, of the published sum.
+            mean: ``(words,)`` float64, of the published sum of the first pass.
             published: What the coordinator says they are; needed by rules that are not recomputed
                 to the last bit.
+            second: Of the published sum of the second pass, if there is one.
 
         Raises:
             ProtocolError: The published parameters are not what the mean gives, or are missing.
@@ -99,8 +141,11 @@ class Rule:
             return next_state(start, moments, mean, self.settings)
         if published is None:
             raise ProtocolError(f"a task of {self.settings.scheme!r} needs the adapter")
-        clip = self.settings.update_clip
-        check_rebuilt(start, mean, self.trained, self._key, clip, published)
+        if second is not None:
+            two_pass.check_rebuilt(start, mean, self.trained, second, published)
+        else:
+            clip = self.settings.update_clip
+            check_rebuilt(start, mean, self.trained, self._key, clip, published)
         return published, {}
 
     @property
@@ -109,7 +154,7 @@ class Rule:
 
 
 def masked_bytes(plan: Plan, layout: Layout) -> tuple[int, int]:
-    """Bytes of masked words that each site sends in an odd and in an even round.
+    """Bytes of masked words that each site sends in an odd and in an even round, in all passes.
 
     The letters of a session come on top: a few kilobytes, and more with more sites.
 
@@ -118,7 +163,10 @@ def masked_bytes(plan: Plan, layout: Layout) -> tuple[int, int]:
         layout: All trainable tensors.
     """
     slots = len(METRIC_SLOTS) if plan.metrics else 0
-    attempts = (Attempt(run="announced", round=number) for number in (1, 2))
-    rules = (Rule(settings=plan.aggregation, layout=layout, attempt=each) for each in attempts)
-    odd, even = ((rule.words + slots) * plan.aggregation.word_bits // 8 for rule in rules)
-    return odd, even
+
+    def words(number: int) -> int:
+        attempts = (Attempt(run="announced", round=number, session=s) for s in (1, 2))
+        rules = [Rule(settings=plan.aggregation, layout=layout, attempt=each) for each in attempts]
+        return slots + sum(rule.words for rule in rules[: rules[0].passes])
+
+    return words(1) * plan.aggregation.word_bits // 8, words(2) * plan.aggregation.word_bits // 8

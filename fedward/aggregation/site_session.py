@@ -149,6 +149,11 @@ class SiteSession:
         """What the published sum must belong to; known once this site has signed it."""
         return self._state.outcome if isinstance(self._state, _Voted | _Done) else None
 
+    @property
+    def finished(self) -> Outcome | None:
+        """The outcome once a quorum has certified it and this site released its shares."""
+        return self._state.outcome if isinstance(self._state, _Done) else None
+
     def hello(self, parameters: bytes) -> bytes:
         """R0: check the parameters and make fresh keys.
 
@@ -231,7 +236,8 @@ class SiteSession:
         # Every site derives P for itself. A coordinator that changes threshold, minimum, grid,
         # dimension or task for some sites or for all is refused before any key exists.
         if parameters != self._parameters:
-            raise ProtocolError(_difference(expected, parameters))
+            wrong = expected.difference(parameters)
+            raise ProtocolError(f"the session's parameters are not what this site derives: {wrong}")
         # A stale or foreign roster would let the coordinator add sites that it runs itself.
         if expected.roster_hash != self._roster.hash():
             raise ProtocolError("the session names another roster than the pinned one")
@@ -300,7 +306,7 @@ class SiteSession:
         input_hash = hashlib.sha256(words.data).digest()
         failpoints.hit("session.masked")
         # From here on the input may be part of a sum: it is never masked a second time.
-        self._memory.mark_spent(self._expected.attempt)
+        self._memory.mark_spent(self._expected.reserved)
         bound = (sid, u2_hash, party(self._site), input_hash)
         header = wire.Header(self._site, input_hash, sign(self._identity, "R2", *bound))
         self._vector = words
@@ -386,12 +392,3 @@ class SiteSession:
 
     def _fresh_key(self) -> X25519PrivateKey:
         return X25519PrivateKey.from_private_bytes(self._secrets(32))
-
-
-def _difference(expected: SessionParameters, parameters: bytes) -> str:
-    """Name the parameters that are not what this site derives; they are public."""
-    ours, theirs = expected.fields(), SessionParameters.from_bytes(parameters).fields()
-    names = [
-        f"{key} = {theirs[key]!r}, not {ours[key]!r}" for key in ours if ours[key] != theirs[key]
-    ]
-    return "the session's parameters are not what this site derives: " + "; ".join(names)

@@ -4,6 +4,7 @@ Whatever two sites must agree on goes through one of these functions, so that an
 once. ``H`` of the specification is :func:`fedward.canonical.digest`.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -94,6 +95,21 @@ def task_hash(adapter: bytes, plan_hash: bytes, rule: str) -> bytes:
         rule: The aggregation rule: the plan's scheme.
     """
     return digest("task", adapter, plan_hash, rule)
+
+
+def second_task_hash(task: bytes, outcome: Outcome, total: bytes, basis: bytes) -> bytes:
+    """What the second pass of a round is about: which first pass, its sum, and the basis asked for.
+
+    Sites that were shown different sums or bases give different hashes, and never share a session.
+
+    Args:
+        task: The first pass's task hash.
+        outcome: What the first pass ended in, as this site signed it.
+        total: The words of its sum.
+        basis: Float32, little-endian.
+    """
+    bound = (task, outcome.session, outcome.survivors_hash)
+    return digest("second pass", *bound, hashlib.sha256(total).digest(), basis)
 
 
 def session_id(parameters: bytes, hellos: Iterable[bytes]) -> bytes:

@@ -5,6 +5,7 @@ durable before the answer leaves: the reservation before training, the mark "sen
 update, the signed survivor set before its signature. The same letter again gets the same bytes.
 """
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -16,23 +17,23 @@ from flwr.app import RecordDict
 from fedward import failpoints
 from fedward.aggregation.complaints import Complaint
 from fedward.aggregation.masks import Words
-from fedward.aggregation.packing import check_mean, pack, unpack, weighed
+from fedward.aggregation.packing import pack, weighed
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.planned import planned_session, update_event
 from fedward.aggregation.rules import Rule
+from fedward.aggregation.schemes import Vector
 from fedward.aggregation.shared_noise import add_noise_share
 from fedward.aggregation.site_session import SiteSession
-from fedward.aggregation.transcript import task_hash
-from fedward.attempt import Attempt
+from fedward.aggregation.transcript import second_task_hash, task_hash
 from fedward.canonical import Json
 from fedward.client.approval import Consent
 from fedward.client.codes import LIBRARY_ERRORS, code_of, reason_of, safe_repr
 from fedward.client.journal import Journal, answer_facts, reservation_facts
 from fedward.client.last_round import (
+    LastRound,
     check_first,
-    check_named,
-    read_cohort,
-    read_committed,
+    published_mean,
+    read_basis,
     read_fallback,
 )
 from fedward.client.memory import SiteMemory
@@ -43,22 +44,17 @@ from fedward.errors import (
     IdentityError,
     LedgerError,
     LedgerRolledBack,
-    PolicyRefusal,
     ProtocolError,
     SiteCode,
 )
 from fedward.identity import Identity, Roster
 from fedward.messages import Letter, Line, Receipt, open_letter, seal_letter
-from fedward.plan import Plan, from_json
+from fedward.plan import from_json
 from fedward.privacy.ledger import Ledger
 from fedward.privacy.noise import SecureStream
 from fedward.privacy.planned import metric_event
 from fedward.tuning.vector import (
-    Layout,
     layout_from_bytes,
-    moments_of,
-    replace_vector,
-    vector_of,
     without_moments,
 )
 
@@ -73,6 +69,7 @@ class _Work:
     result: TrainResult
     expected: SessionParameters
     session: SiteSession
+    basis: Vector | None = None
 
 
 class Agent:
@@ -112,6 +109,9 @@ class Agent:
         self._policy, self._ledger, self._memory = policy, ledger, memory
         self._trainer, self._secret = trainer, SecureStream(key)
         self._consent, self._journal = consent or Consent(policy), journal
+        self._last_round = LastRound(
+            roster=roster, memory=memory, every_sum=policy.every_sum, note=self._note
+        )
         self._work: _Work | None = None
         self._answers: dict[str, tuple[bytes, RecordDict]] = {}
 
@@ -167,6 +167,8 @@ class Agent:
             self._check_receipt(letter)
             if letter.action == "task":
                 return self._task(letter), {}
+            if letter.action == "second":
+                return self._second(letter), {}
             if letter.action == "evaluate":
                 return self._evaluate(letter), {}
             return SiteCode.DONE, self._exchange(letter)
@@ -225,7 +227,9 @@ class Agent:
             self._consent.check(plan.after_fallback(fallen[1]))
         if attempt.round > plan.rounds.count:
             raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
-        adapter = self._adapter(letter, plan, layout, fallen)
+        if Rule(settings=plan.aggregation, layout=layout, attempt=attempt).again:
+            raise ProtocolError("a second pass has the update of the first, and no task")
+        adapter = self._last_round.adapter(letter, plan, layout, fallen)
         check_first(attempt, adapter)
         draw = self._ledger.spent_in(attempt)
         request = TrainRequest(
@@ -260,7 +264,13 @@ class Agent:
         failpoints.hit("agent.reserved")
         result = self._held(request) or self._trainer.train(request)
         failpoints.hit("agent.trained")
-        session = SiteSession(
+        session = self._session(expected)
+        self._work = _Work(request=request, result=result, expected=expected, session=session)
+        self._answers.clear()
+        return SiteCode.READY
+
+    def _session(self, expected: SessionParameters) -> SiteSession:
+        return SiteSession(
             identity=self._identity,
             site=self._site,
             roster=self._roster,
@@ -272,7 +282,44 @@ class Agent:
             memory=self._memory,
             expected=expected,
         )
-        self._work = _Work(request=request, result=result, expected=expected, session=session)
+
+    def _second(self, letter: Letter) -> SiteCode:
+        """Enter the second pass of a round, with the update and over the very sites of the first.
+
+        The update leaves its first session here, whatever comes of the letter: it gets into no
+        other first pass, and into no second one but this. After a crash it is gone, and the round
+        with it; the reservation is spent since the first pass.
+        """
+        work = self._work
+        first = None if work is None else work.request.attempt
+        if work is None or first is None or work.request.rule.passes != 2:
+            raise ProtocolError("no update of a first pass is held here: it needs a task first")
+        if letter.attempt != dataclasses.replace(first, session=first.session + 1):
+            raise ProtocolError("this is not the second pass of the attempt that is held here")
+        self._work, outcome = None, work.session.finished
+        if outcome is None or work.request.rule.again:
+            raise ProtocolError("the first pass has not ended in a sum that this site certified")
+        total, data = letter.part("sum"), letter.part("basis")
+        plan, cohort = work.request.plan, outcome.survivors
+        mean = published_mean(total, work.expected, cohort, plan)
+        basis = read_basis(data)
+        work.request.rule.check_basis(mean, basis)
+        request = dataclasses.replace(work.request, attempt=letter.attempt)
+        expected = planned_session(
+            plan,
+            self._roster,
+            letter.attempt,
+            task_hash=second_task_hash(work.expected.task_hash, outcome, total, data),
+            dimension=request.rule.words,
+            cohort=cohort,
+        )
+        self._work = _Work(
+            request=request,
+            result=dataclasses.replace(work.result, slots=np.zeros(0)),
+            expected=expected,
+            session=self._session(expected),
+            basis=basis,
+        )
         self._answers.clear()
         return SiteCode.READY
 
@@ -284,65 +331,6 @@ class Agent:
         then = work.request.attempt
         same = (then.run, then.round, then.session) == (now.run, now.round, now.session)
         return work.result if same and work.request.draw == request.draw else None
-
-    def _adapter(
-        self, letter: Letter, plan: Plan, layout: Layout, fallen: tuple[int, str] | None
-    ) -> bytes:
-        """This round's adapter, recomputed from the last one and the published sum (DESIGN §3.7).
-
-        Where a site can do that, its task may come without the adapter. It proves the arithmetic,
-        and that the cohort is the one this site signed; that the words are the session's sum only a
-        comparison of transcripts between sites can show. A site that missed rounds, or was told of
-        none, has nothing to recompute from: the journal says which sums it could not check. The
-        task hash binds all sites of a session to the same adapter.
-        """
-        attempt, last, first = letter.attempt, self._memory.last_task(letter.attempt.run), 1
-        if last is not None:
-            first = last[0].round
-            if attempt.order < last[0].order:
-                raise ProtocolError("this site has taken a newer task of the run")
-            if attempt.round == first:  # asked again, perhaps after a crash in the training
-                if letter.parts.get("adapter", last[1]) != last[1]:
-                    raise ProtocolError("the adapter changed between two attempts at one round")
-                return last[1]
-        if fallen is not None and attempt.round == fallen[0] + 1:
-            return check_named(letter.part("adapter"), fallen[1])
-        if last is not None and attempt.round == first + 1:
-            return self._recompute(letter, plan, layout, *last)
-        if attempt.round > first:
-            missed: Json = [first, attempt.round - 1]
-            _LOG.warning("round %d: sums of rounds %s were not checked", attempt.round, missed)
-            self._note("sums not checked", {"run": attempt.run, "rounds": missed})
-            if self._policy.every_sum:
-                reason = f"the sums of rounds {missed} were not checked, and every_sum is on"
-                raise PolicyRefusal([reason])
-        return letter.part("adapter")
-
-    def _recompute(
-        self, letter: Letter, plan: Plan, layout: Layout, then: Attempt, before: bytes
-    ) -> bytes:
-        """What the adapter before and the published sum give; a task's own must be the same."""
-        cohort = read_cohort(letter.part("cohort"), self._roster, plan)
-        committed = read_committed(letter.part("attempt"), then)
-        # What it signed in an attempt that came to nothing binds no attempt that it missed.
-        if self._memory.cohort(committed) not in {None, cohort}:
-            raise ProtocolError("the published cohort is not the one this site signed")
-        rule = Rule(settings=plan.aggregation, layout=layout, attempt=then)
-        start = vector_of(before, rule.trained)  # it is there: so large is the layout
-        parameters = planned_session(
-            plan, self._roster, committed, task_hash=bytes(32), dimension=rule.words
-        )
-        words = np.frombuffer(letter.part("sum"), dtype=parameters.grid.dtype)
-        mean, _ = unpack(words, parameters)
-        mean /= parameters.divisor(cohort)
-        check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
-        given = letter.parts.get("adapter")
-        published = None if given is None else vector_of(given, rule.trained)
-        vector, moments = rule.accept(start, moments_of(before), mean, published)
-        expected = replace_vector(before, rule.trained, vector, moments)
-        if given is not None and given != expected:
-            raise ProtocolError("the adapter is not what the published sum gives")
-        return expected
 
     def _exchange(self, letter: Letter) -> Mapping[str, bytes]:
         """One exchange of the session that the last task opened."""
@@ -367,7 +355,7 @@ class Agent:
         In ``pooled`` mode with its share of the noise, of another stream.
         """
         request = work.request
-        update = request.rule.to_send(work.result.update)
+        update = request.rule.to_send(work.result.update, work.basis)
         attempt = request.attempt  # its number does not count: the same update is rounded alike
         position = f"{attempt.round}/{attempt.session}/{request.draw}"
         place = (attempt.run, position, work.expected.task_hash)

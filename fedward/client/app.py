@@ -12,9 +12,10 @@ from fedward.messages import SESSION_ACTIONS
 def client_app(agent: Agent) -> ClientApp:
     """Make the ClientApp of one site.
 
-    Its handlers are ``train`` (the task), ``train.hello`` … ``train.unmask`` (the session) and
-    ``evaluate``. A message whose signature does not hold gets a Flower error with a fixed text,
-    because its sender is unknown; nothing that a library says about an error ever leaves.
+    Its handlers are ``train`` (the task), ``train.hello`` … ``train.unmask`` (a session),
+    ``train.second`` (the second pass of a round) and ``evaluate``. A message whose signature does
+    not hold gets a Flower error with a fixed text, because its sender is unknown; nothing that a
+    library says about an error ever leaves.
     """
     app = ClientApp()
 
@@ -27,6 +28,6 @@ def client_app(agent: Agent) -> ClientApp:
 
     app.train()(handle)
     app.evaluate()(handle)
-    for action in SESSION_ACTIONS:
+    for action in (*SESSION_ACTIONS, "second"):
         app.train(action)(handle)
     return app

@@ -1,14 +1,33 @@
-"""What a task says of the round before it, read strictly: who was in the sum, in which attempt."""
+"""The round before a task's: what the task says of it, read strictly, and what follows from it.
+
+Sums are public to the cohort, so a site makes the next adapter for itself (DESIGN §3.7).
+"""
 
 import dataclasses
 import hashlib
 import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
+from fedward.aggregation.packing import check_mean, unpack
+from fedward.aggregation.parameters import SessionParameters
+from fedward.aggregation.planned import planned_session
+from fedward.aggregation.rules import Rule
+from fedward.aggregation.schemes import Vector
+from fedward.aggregation.two_pass import Second
 from fedward.attempt import Attempt
-from fedward.errors import ProtocolError
+from fedward.canonical import Json
+from fedward.client.memory import SiteMemory
+from fedward.errors import PolicyRefusal, ProtocolError
 from fedward.identity import Roster
+from fedward.messages import Letter
 from fedward.plan import Plan
-from fedward.tuning.vector import moments_of
+from fedward.tuning.vector import Layout, moments_of, replace_vector, vector_of
+
+_LOG = logging.getLogger(__name__)
 
 
 def read_cohort(data: bytes, roster: Roster, plan: Plan) -> tuple[int, ...]:
@@ -44,16 +63,33 @@ def check_first(attempt: Attempt, adapter: bytes) -> None:
 def read_committed(data: bytes, last: Attempt) -> Attempt:
     """Which attempt at the last round was committed: this site's last one, or a later.
 
+    Args:
+        data: The attempt's number, where the round had one session; else session and number.
+        last: This site's last.
+
     Raises:
         ProtocolError: No number, or that of an earlier attempt.
     """
     try:
-        number = json.loads(data)
+        numbers = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("the committed attempt is not JSON") from error
-    if type(number) is not int or number < last.attempt:
+    session, number = numbers if type(numbers) is list and len(numbers) == 2 else (1, numbers)
+    known = type(session) is type(number) is int and min(session, number) >= 1
+    if not known or (session, number) < last.order[1:]:
         raise ProtocolError(f"attempt {last.attempt} was this site's, and no earlier one counts")
-    return dataclasses.replace(last, attempt=number)
+    return dataclasses.replace(last, session=session, attempt=number)
+
+
+def read_basis(data: bytes) -> Vector:
+    """What a second pass asks for: float32, little-endian.
+
+    Raises:
+        ProtocolError: It is not whole numbers of that type.
+    """
+    if len(data) % 4:
+        raise ProtocolError(f"a basis of {len(data)} bytes is not float32")
+    return np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
 
 
 def read_fallback(data: bytes | None, attempt: Attempt, plan: Plan) -> tuple[int, str] | None:
@@ -80,6 +116,29 @@ def read_fallback(data: bytes | None, attempt: Attempt, plan: Plan) -> tuple[int
     return number, adapter
 
 
+def read_refused(data: bytes | None, attempt: Attempt, plan: Plan) -> int:
+    """The round that began with the task's adapter: its own, or the first that was refused since.
+
+    Args:
+        data: First and last of the refused rounds; None where none was.
+        attempt: The task's.
+        plan: Must have a ``[gate]`` for this to be said.
+
+    Raises:
+        ProtocolError: It is malformed, not up to the round before, or the plan has no such section.
+    """
+    if data is None:
+        return attempt.round
+    try:
+        first, last = json.loads(data)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ProtocolError("what a task says of refused rounds is not two of them") from error
+    known = type(first) is type(last) is int and 1 <= first <= last == attempt.round - 1
+    if plan.gate is None or not known:
+        raise ProtocolError("the plan has no [gate], or other rounds than the last were refused")
+    return int(first)
+
+
 def check_named(adapter: bytes, digest: str) -> bytes:
     """The adapter, if it has this hex digest.
 
@@ -89,3 +148,132 @@ def check_named(adapter: bytes, digest: str) -> bytes:
     if hashlib.sha256(adapter).hexdigest() != digest:
         raise ProtocolError("the adapter is not the one that the coordinator names as its own")
     return adapter
+
+
+class LastRound:
+    """What a site makes of the round before a task's.
+
+    Args:
+        roster: The pinned roster.
+        memory: What the site remembers of tasks and sessions.
+        every_sum: The policy's: refuse where sums in between were not checked.
+        note: Writes a line of the journal.
+    """
+
+    def __init__(
+        self,
+        *,
+        roster: Roster,
+        memory: SiteMemory,
+        every_sum: bool,
+        note: Callable[[str, Mapping[str, Json]], None],
+    ) -> None:
+        self._roster, self._memory, self._every_sum, self._note = roster, memory, every_sum, note
+
+    def adapter(
+        self, letter: Letter, plan: Plan, layout: Layout, fallen: tuple[int, str] | None
+    ) -> bytes:
+        """The task's adapter, recomputed from the last one and the published sum.
+
+        Where a site can do that, its task may come without the adapter. It proves the arithmetic,
+        and that the cohort is the one this site signed; that the words are the session's sum only a
+        comparison of transcripts between sites can show. A site that missed rounds, or was told of
+        none, has nothing to recompute from: the journal says which sums it could not check. The sum
+        of a refused round is not checked, because nothing came of it. The
+        task hash binds all sites of a session to the same adapter.
+
+        Args:
+            letter: The task.
+            plan: The approved plan.
+            layout: All trainable tensors.
+            fallen: From :func:`read_fallback`.
+
+        Raises:
+            ProtocolError: The adapter is not what the published sum gives, or the task goes back.
+            PolicyRefusal: Sums were not checked, and the policy asks for every one.
+        """
+        attempt, last, first = letter.attempt, self._memory.last_task(letter.attempt.run), 1
+        began = read_refused(letter.parts.get("refused"), attempt, plan)
+        if began < attempt.round:
+            refused: Json = [began, attempt.round - 1]
+            self._note("rounds refused by the gate", {"run": attempt.run, "rounds": refused})
+        if last is not None:
+            first = last[0].round
+            if attempt.order < last[0].order:
+                raise ProtocolError("this site has taken a newer task of the run")
+            if began <= first:  # asked again, perhaps after a crash in the training, or refused
+                if letter.parts.get("adapter", last[1]) != last[1]:
+                    raise ProtocolError("the adapter changed between two attempts at one round")
+                return last[1]
+        if fallen is not None and began == fallen[0] + 1:
+            return check_named(letter.part("adapter"), fallen[1])
+        if last is not None and began == first + 1:
+            return self._recompute(letter, plan, layout, *last)
+        if began > first:
+            missed: Json = [first, began - 1]
+            _LOG.warning("round %d: sums of rounds %s were not checked", attempt.round, missed)
+            self._note("sums not checked", {"run": attempt.run, "rounds": missed})
+            if self._every_sum:
+                reason = f"the sums of rounds {missed} were not checked, and every_sum is on"
+                raise PolicyRefusal([reason])
+        return letter.part("adapter")
+
+    def _recompute(
+        self, letter: Letter, plan: Plan, layout: Layout, then: Attempt, before: bytes
+    ) -> bytes:
+        """What the adapter before and the published sum give; a task's own must be the same."""
+        cohort = read_cohort(letter.part("cohort"), self._roster, plan)
+        committed = read_committed(letter.part("attempt"), then)
+        # What it signed in an attempt that came to nothing binds no attempt that it missed.
+        if self._memory.cohort(committed) not in {None, cohort}:
+            raise ProtocolError("the published cohort is not the one this site signed")
+        rule = Rule(settings=plan.aggregation, layout=layout, attempt=committed)
+        start = vector_of(before, rule.trained)  # it is there: so large is the layout
+        second = None
+        if rule.passes == 2:
+            if not rule.again:
+                raise ProtocolError("the committed session is not a second pass")
+            mean = self._mean(letter.part("sum"), rule, cohort, plan, whole=True)
+            second = Second(basis=read_basis(letter.part("basis")), mean=mean)
+            rule = dataclasses.replace(
+                rule, attempt=dataclasses.replace(committed, session=committed.session - 1)
+            )
+        mean = self._mean(letter.part("first" if second else "sum"), rule, cohort, plan)
+        if second is not None:
+            rule.check_basis(mean, second.basis)
+        given = letter.parts.get("adapter")
+        published = None if given is None else vector_of(given, rule.trained)
+        vector, moments = rule.accept(start, moments_of(before), mean, published, second)
+        expected = replace_vector(before, rule.trained, vector, moments)
+        if given is not None and given != expected:
+            raise ProtocolError("the adapter is not what the published sum gives")
+        return expected
+
+    def _mean(
+        self, total: bytes, rule: Rule, cohort: tuple[int, ...], plan: Plan, *, whole: bool = False
+    ) -> npt.NDArray[np.float64]:
+        parameters = planned_session(
+            plan,
+            self._roster,
+            rule.attempt,
+            task_hash=bytes(32),
+            dimension=rule.words,
+            cohort=cohort if whole else (),
+        )
+        return published_mean(total, parameters, cohort, plan)
+
+
+def published_mean(
+    total: bytes, parameters: SessionParameters, cohort: Sequence[int], plan: Plan
+) -> npt.NDArray[np.float64]:
+    """The mean of a published sum, ``(dimension,)``.
+
+    Raises:
+        ProtocolError: It has another length, or is longer than its sites' updates can be.
+    """
+    if len(total) != parameters.words * parameters.grid.dtype.itemsize:
+        raise ProtocolError(f"a sum of {len(total)} bytes, {parameters.words} words are due")
+    mean, _ = unpack(np.frombuffer(total, dtype=parameters.grid.dtype), parameters)
+    mean /= parameters.divisor(cohort)
+    check_mean(mean, parameters, cohort, plan.aggregation.update_clip)
+    return mean

@@ -1,55 +1,52 @@
-"""The round engine: opens rounds, runs sessions over a Flower ``Grid``, commits the next adapter.
+"""The round engine: opens rounds, has their sessions run, commits the next adapter.
 
 Every transition is an event in the store before the engine goes on, so a run can be killed
 anywhere: the next start folds the events, repeats at most the open round as a new attempt, and
 never asks for a committed round again.
 
-A round: task (train and reserve) → hello → shares → masked → consistency → unmask → commit. A site
-that is late, silent or wrong is left out and recorded; too few sites end the attempt.
+A round: task (train and reserve) → its sessions (hello → shares → masked → consistency → unmask) →
+commit. Too few sites end the attempt.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from flwr.serverapp import Grid
 
 from fedward import failpoints
-from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import check_mean
 from fedward.aggregation.planned import planned_session
+from fedward.aggregation.published import SumResult
 from fedward.aggregation.rules import Rule
-from fedward.aggregation.tally import SumResult, Tally
-from fedward.aggregation.transcript import task_hash
+from fedward.aggregation.transcript import second_task_hash, task_hash
+from fedward.aggregation.two_pass import Second
 from fedward.attempt import Attempt
 from fedward.canonical import Json
-from fedward.errors import (
-    CohortTooSmall,
-    IdentityError,
-    LedgerRolledBack,
-    ProtocolError,
-    RoundError,
-    SiteCode,
-)
+from fedward.errors import CohortTooSmall, IdentityError, ProtocolError, RoundError, SiteCode
 from fedward.identity import Identity, Roster
-from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letters
 from fedward.plan import Plan
-from fedward.server.anchors import Anchors
-from fedward.server.replies import Clock, collect
-from fedward.server.run_state import State, fold
-from fedward.server.store import EVERYBODY, Phase, RunStore
-from fedward.server.suspects import blame, proven
+from fedward.server.gate import Loss, judge
+from fedward.server.replies import Clock
+from fedward.server.run_state import Fold, State
+from fedward.server.sessions import SILENT, Observer, Sessions
+from fedward.server.store import Phase, RunStore
+from fedward.server.suspects import proven
 from fedward.tuning.vector import (
     Layout,
+    Vector,
     layout_to_bytes,
     moments_of,
     replace_vector,
     vector_of,
 )
 
-Observer = Callable[[Attempt, Phase, int, Json], None]
-"""Told of every event after it is durable: attempt, phase, site (or EVERYBODY), facts."""
+_Sum = tuple[SumResult, Vector]
+"""A session's sum, and the basis that a second pass was asked for."""
 
+_NO_BASIS = np.zeros(0, dtype=np.float32)
 
 _EXTRA_ATTEMPTS = 3
 """Attempts at one round in one go beyond the plan's spare rounds, for those that cost nothing."""
@@ -70,6 +67,7 @@ class RoundEngine:
         observer: Told of every event.
         clock: What deadlines are measured by; only simulations replace it.
         fallback: From a round's number and the adapter to the next, if the plan has ``[fallback]``.
+        gate: Tries an adapter on the coordinator's own records, if the plan has ``[gate]``.
     """
 
     def __init__(
@@ -86,24 +84,33 @@ class RoundEngine:
         observer: Observer = lambda *_: None,
         clock: Clock = time,
         fallback: Callable[[int, bytes], bytes] | None = None,
+        gate: Loss | None = None,
     ) -> None:
         if identity.public_key != roster.coordinator:
             raise IdentityError("the coordinator's key is not the one in the roster")
-        self._plan, self._run, self._identity = plan, run, identity
-        self._roster, self._nodes, self._store = roster, dict(nodes), store
-        self._start, self._layout, self._observer = start, layout, observer
-        self._left_out = set[tuple[Attempt, int]]()
-        self._tally: Tally | None = None
-        self._silent = frozenset[int]()
-        self._anchors, self._clock = Anchors(identity, roster, store), clock
+        self._plan, self._run = plan, run
+        self._roster, self._nodes, self._store = roster, tuple(nodes), store
+        self._layout = layout
+        self._sessions = Sessions(
+            identity=identity,
+            roster=roster,
+            nodes=nodes,
+            store=store,
+            observer=observer,
+            clock=clock,
+            deadline=plan.rounds.deadline_seconds,
+        )
+        self._gate = gate
         self._fallback, self._after = fallback, plan.fallback.after if plan.fallback else 0
+        self._fold = Fold(store, run, plan, start).state
 
     def run(self, grid: Grid) -> bytes:
         """Run every round that is not committed yet; returns the final adapter.
 
         Raises:
             CohortTooSmall: Fewer sites than the minimum can take part.
-            RoundError: A round failed in every attempt, or the store belongs to another plan.
+            RoundError: A round failed in every attempt, the gate refused as many in a row as the
+                plan bears, or the store belongs to another plan.
         """
         state = self._fold()
         while state.committed < self._plan.rounds.count:
@@ -112,6 +119,7 @@ class RoundEngine:
             else:
                 self._round(grid, state)
             state = self._fold()
+            self._check_refusals(state)
         return state.adapter
 
     @property
@@ -119,40 +127,55 @@ class RoundEngine:
         """The adapter after the last committed round."""
         return self._fold().adapter
 
-    def _fold(self) -> State:
-        return fold(self._store, self._run, self._plan, self._start)
-
     def _round(self, grid: Grid, state: State) -> None:
-        """Try a round until it is committed."""
+        """Try a round until it is complete."""
+        if self._plan.gate is not None:
+            self._loss(state.adapter)  # what is wrong with the gate shows before anybody trains
         most = max(self._plan.rounds.spare + _EXTRA_ATTEMPTS, self._after)
         first, last, failure = state.attempts + 1, state.attempts + most, ""
         for number in range(first, last + 1):
-            attempt = Attempt(run=self._run, round=state.committed + 1, attempt=number)
-            self._tally, self._silent = None, frozenset()
+            attempt = Attempt(
+                run=self._run, round=state.committed + 1, session=state.session, attempt=number
+            )
+            self._sessions.forget()
             try:
-                self._record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
+                self._sessions.record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
                 failpoints.hit("round.started")
-                result = self._session(grid, attempt, state)
+                results = self._sums(grid, attempt, state)
                 failpoints.hit("round.summed")
-                adapter = self._next(state, result)
+                adapter = self._next(state, results)
             except (ProtocolError, CohortTooSmall) as error:
                 hopeless = isinstance(error, _NoHope)
-                facts: dict[str, Json] = {"reason": str(error), **self._blame(error)}
+                facts: dict[str, Json] = {"reason": str(error), **self._sessions.blame(error)}
                 if self._after:  # sites that refuse are there, and may yet agree
                     facts["missed"] = isinstance(error, CohortTooSmall) and not hopeless
-                self._record(attempt, Phase.ABORTED, facts)
+                self._sessions.record(attempt, Phase.ABORTED, facts)
                 if hopeless:
                     raise CohortTooSmall(str(error)) from error
                 failure, state = str(error), self._fold()
                 if self._falls(state):
                     return
                 continue
-            self._commit(attempt, adapter, result)
+            self._complete(state, adapter, results)
             return
         raise RoundError(
             f"round {state.committed + 1} failed in {last - first + 1} attempts; the last: "
             f"{failure}"
         )
+
+    def _loss(self, adapter: bytes) -> float:
+        if self._gate is None:
+            raise RoundError("the plan has a [gate], and nobody is here to try its adapters")
+        return self._gate(adapter)
+
+    def _check_refusals(self, state: State) -> None:
+        """Stop when the gate has refused many rounds in a row, and again after as many more."""
+        gate = self._plan.gate
+        if gate is not None and state.refused and state.refused % gate.refusals == 0:
+            raise RoundError(
+                f"the gate refused {state.refused} rounds in a row, up to round {state.committed} "
+                "(fedward run watch shows why): look at the sites and at [gate], then resume"
+            )
 
     def _falls(self, state: State) -> bool:
         """Whether the open round is the coordinator's own to complete."""
@@ -166,15 +189,15 @@ class RoundEngine:
         adapter = self._fallback(attempt.round, state.adapter)
         vector_of(adapter, self._layout)  # raises unless it fits
         facts: Json = {"adapter": self._store.put_blob(adapter), "missed": state.missed}
-        self._record(attempt, Phase.FALLBACK, facts)
+        self._sessions.record(attempt, Phase.FALLBACK, facts)
 
-    def _next(self, state: State, result: SumResult) -> bytes:
+    def _next(self, state: State, results: Sequence[_Sum]) -> bytes:
         """The next adapter; a sum that every site would refuse is never committed."""
-        mean, settings, before = result.mean, self._plan.aggregation, state.adapter
-        check_mean(mean, result.parameters, result.cohort, settings.update_clip)
-        rule = self._rule(result.parameters.attempt)
+        before, means = state.adapter, [self._mean(result) for result, _ in results]
+        second = Second(basis=results[1][1], mean=means[1]) if len(results) == 2 else None
+        rule = self._rule(results[0][0].parameters.attempt)
         start = vector_of(before, rule.trained)
-        vector, moments = rule.advance(start, moments_of(before), mean)
+        vector, moments = rule.advance(start, moments_of(before), means[0], second)
         if not all(np.isfinite(part).all() for part in (vector, *moments.values())):
             raise ProtocolError("the next adapter is not finite: lower server_learning_rate")
         return replace_vector(before, rule.trained, vector, moments)
@@ -182,93 +205,77 @@ class RoundEngine:
     def _rule(self, attempt: Attempt) -> Rule:
         return Rule(settings=self._plan.aggregation, layout=self._layout, attempt=attempt)
 
-    def _commit(self, attempt: Attempt, adapter: bytes, result: SumResult) -> None:
+    def _mean(self, result: SumResult) -> npt.NDArray[np.float64]:
+        clip = self._plan.aggregation.update_clip
+        check_mean(result.mean, result.parameters, result.cohort, clip)
+        return result.mean
+
+    def _complete(self, state: State, adapter: bytes, results: Sequence[_Sum]) -> None:
+        """Record what the round came to, under its last session: committed, or refused."""
+        refusal, figures = "", dict[str, Json]()
+        if self._plan.gate is not None:
+            mean = results[0][0].mean
+            refusal, figures = judge(self._plan.gate, self._loss, state.adapter, adapter, mean)
+        first, (last, basis) = results[0][0], results[-1]
+        blobs = {"sum": last.words.tobytes()}
+        if len(results) == 2:
+            blobs |= {"first": first.words.tobytes(), "basis": basis.tobytes()}
         facts: Json = {
-            "adapter": self._store.put_blob(adapter),
-            "sum": self._store.put_blob(result.words.tobytes()),
-            "cohort": list(result.cohort),
-            "transcript": result.transcript.hex(),
-            **({} if self._plan.metrics is None else {"slots": result.slots}),
-            **self._blame(),
+            "adapter": self._store.put_blob(state.adapter if refusal else adapter),
+            **{name: self._store.put_blob(data) for name, data in blobs.items()},
+            "cohort": list(last.cohort),
+            "transcript": last.transcript.hex(),
+            **({} if self._plan.metrics is None else {"slots": first.slots}),
+            **self._sessions.blame(),
+            **({"gate": figures} if figures else {}),
+            **({"reason": refusal} if refusal else {}),
         }
         failpoints.hit("round.kept")
-        self._record(attempt, Phase.COMMITTED, facts)
+        phase = Phase.REFUSED if refusal else Phase.COMMITTED
+        self._sessions.record(last.parameters.attempt, phase, facts)
         failpoints.hit("round.committed")
 
-    def _session(self, grid: Grid, attempt: Attempt, state: State) -> SumResult:
-        """One execution of the protocol, from the task to the sum."""
-        settings = self._plan.aggregation
+    def _sums(self, grid: Grid, attempt: Attempt, state: State) -> list[_Sum]:
+        """The round's sessions, from the task to the sums."""
+        settings, rule = self._plan.aggregation, self._rule(attempt)
         parameters = planned_session(  # refuses a plan that does not fit before anybody trains
             self._plan,
             self._roster,
             attempt,
             task_hash=task_hash(state.adapter, self._plan.hash(), settings.scheme),
-            dimension=self._rule(attempt).words,
+            dimension=rule.words,
         )
         ready = self._invite(grid, attempt, state)
-        tally = self._tally = Tally(parameters=parameters, roster=self._roster)
-        todo = dict.fromkeys(ready, tally.request())
-        for action, phase, add, close in (
-            ("hello", Phase.KEYS, tally.add_hello, tally.close_hellos),
-            ("shares", Phase.SHARED, tally.add_shares, tally.close_shares),
-            ("masked", Phase.MASKED, tally.add_masked, tally.close_masked),
-            ("consistency", Phase.CONSISTENT, tally.add_consistency, tally.close_consistency),
-        ):
-            self._exchange(grid, attempt, action, phase, todo, add)
-            todo = close()
-            failpoints.hit("round.closed")
-        self._exchange(grid, attempt, "unmask", Phase.UNMASKED, todo, tally.add_unmask)
-        return tally.result()
+        first = self._sessions.run(grid, parameters, ready)
+        sums = [(first, _NO_BASIS)]
+        return [*sums, self._second(grid, first)] if rule.passes == 2 else sums
 
-    def _exchange(
-        self,
-        grid: Grid,
-        attempt: Attempt,
-        action: str,
-        phase: Phase,
-        todo: Mapping[int, bytes],
-        add: Callable[..., None],
-    ) -> None:
-        """One exchange of the session: a message to each site, every good answer to the tally."""
-        letters, _ = self._ask(grid, attempt, action, {s: {"message": m} for s, m in todo.items()})
-        silent = set(todo) - set(self._suspects())
-        for site, letter in sorted(letters.items()):
-            try:
-                if action == "masked":
-                    add(site, letter.part("message"), self._words(letter.part("words")))
-                else:
-                    add(site, letter.part("message"))
-            except (ProtocolError, IdentityError) as error:
-                self._leave_out(attempt, site, action, str(error))
-            else:
-                silent.discard(site)
-                facts = self._anchors.learn(letter) if phase is Phase.MASKED else None
-                self._record(attempt, phase, facts, site=site)
-        self._silent = frozenset(silent)
+    def _second(self, grid: Grid, first: SumResult) -> _Sum:
+        """The second pass: the survivors of the first once more, and none of them may be missing.
 
-    def _suspects(self) -> Mapping[int, frozenset[int]]:
-        """What the complaints of the last session come to, by the site that complained."""
-        return self._tally.suspects if self._tally else {}
-
-    def _blame(self, error: Exception | None = None) -> dict[str, Json]:
-        return blame(self._suspects().values(), self._silent, error)
-
-    def _refusal(self, letter: Letter) -> str:
-        """Why a site did not do as asked: its code, and what its complaint comes to."""
-        if self._tally is None or letter.action != "masked" or "complaint" not in letter.parts:
-            return str(letter.code)
-        try:
-            suspects = self._tally.add_complaint(letter.site, letter.parts["complaint"])
-        except ProtocolError as error:
-            return f"{letter.code}: {error}"
-        return f"{letter.code}: at fault is " + " or ".join(f"site {s}" for s in sorted(suspects))
-
-    def _words(self, data: bytes) -> Words:
-        """The words of a masked vector, as the site sent them."""
-        word = np.dtype(f"<u{self._plan.aggregation.word_bits // 8}")
-        if len(data) % word.itemsize:
-            raise ProtocolError(f"{len(data)} bytes are not whole words")
-        return np.frombuffer(data, dtype=word)
+        The next attempt is at another session, for new updates: whoever was lost between the two
+        would be read out of sums over other sites.
+        """
+        before = first.parameters.attempt
+        attempt = dataclasses.replace(before, session=before.session + 1)
+        basis = self._rule(before).basis(self._mean(first))
+        total, data = first.words.tobytes(), basis.tobytes()
+        parameters = planned_session(
+            self._plan,
+            self._roster,
+            attempt,
+            task_hash=second_task_hash(first.parameters.task_hash, first.outcome, total, data),
+            dimension=self._rule(attempt).words,
+            cohort=first.cohort,
+        )
+        self._sessions.record(attempt, Phase.INVITED, {"sites": list(first.cohort)})
+        parts = {"sum": total, "basis": data}
+        todo = {site: parts for site in first.cohort}  # noqa: C420  # one dictionary, not changed
+        _, refused = self._sessions.ask(grid, attempt, "second", todo)
+        if refused:
+            gone = "; ".join(f"{self._name(s)}: {why}" for s, why in sorted(refused.items()))
+            raise CohortTooSmall(f"the second pass needs every site of the first ({gone})")
+        return self._sessions.run(grid, parameters, first.cohort), basis
 
     def _invite(self, grid: Grid, attempt: Attempt, state: State) -> list[int]:
         """Send the task to every site and return those that trained in time."""
@@ -288,94 +295,23 @@ class RoundEngine:
             self._nodes, minimum=minimum, colluders=colluders, number=attempt.round
         )
         todo = [site for site in self._nodes if site not in out | away]
-        self._record(attempt, Phase.INVITED, {"sites": todo})
-        ready, refused = self._ask(grid, attempt, "task", {s: parts[s] for s in todo})
+        self._sessions.record(attempt, Phase.INVITED, {"sites": todo})
+        ready, refused = self._sessions.ask(grid, attempt, "task", {s: parts[s] for s in todo})
         if len(ready) < minimum and away:  # so few are left that these are needed
             todo += away
-            late = self._ask(grid, attempt, "task", {s: parts[s] for s in away})
+            late = self._sessions.ask(grid, attempt, "task", {s: parts[s] for s in away})
             ready, refused = ready | late[0], refused | late[1]
-        for site, letter in ready.items():
-            self._record(attempt, Phase.READY, self._anchors.learn(letter), site=site)
+        self._sessions.ready(attempt, ready)
         if len(ready) < minimum:
             reasons = "; ".join(f"{self._name(s)}: {why}" for s, why in sorted(refused.items()))
             message = (
                 f"round {attempt.round}: {len(ready)} of {len(todo)} sites are ready, "
                 f"{minimum} are needed ({reasons})"
             )
-            hope = {s for s, why in refused.items() if why in {_SILENT, SiteCode.REFUSED_STALE}}
+            hope = {s for s, why in refused.items() if why in {SILENT, SiteCode.REFUSED_STALE}}
             hope |= state.holders & refused.keys()  # they may have lacked the adapter
             raise (CohortTooSmall if len(ready) + len(hope) >= minimum else _NoHope)(message)
         return sorted(ready)
-
-    def _ask(
-        self, grid: Grid, attempt: Attempt, action: str, todo: Mapping[int, Mapping[str, bytes]]
-    ) -> tuple[dict[int, Letter], dict[int, str]]:
-        """Send each site its parts; collect signed replies until the deadline.
-
-        Returns:
-            The letters of sites that did as asked, and for every other site why it is left out.
-        """
-        nodes = {self._nodes[site]: site for site in todo}
-        letters = [
-            Letter(
-                action=action,
-                attempt=attempt,
-                site=site,
-                parts=parts,
-                receipt=self._anchors.receipt(site),
-            )
-            for site, parts in todo.items()
-        ]
-        messages = [
-            grid.create_message(
-                content=content,
-                message_type=MESSAGE_TYPES[action],
-                dst_node_id=self._nodes[site],
-                group_id=str(attempt.round),
-            )
-            for site, content in zip(
-                todo, seal_letters(letters, self._identity, "coordinator"), strict=True
-            )
-        ]
-        accepted, refused = dict[int, Letter](), dict.fromkeys(todo, _SILENT)
-        failpoints.hit("round.asked")
-        found = collect(grid, messages, self._plan.rounds.deadline_seconds, self._clock)
-        failpoints.hit("round.answered")
-        for message in found:
-            site = nodes.get(message.metadata.src_node_id)
-            if site is None or message.has_error():
-                continue
-            try:
-                letter = open_letter(message.content, self._roster.key(site), "site")
-                if (letter.site, letter.attempt, letter.action) != (site, attempt, action):
-                    refused[site] = "answered another letter"
-                elif letter.code not in {SiteCode.READY, SiteCode.DONE}:
-                    refused[site] = self._refusal(letter)
-                else:
-                    self._anchors.check(site, letter.lines)
-                    accepted[site] = letter
-                    refused.pop(site, None)
-            except (IdentityError, LedgerRolledBack) as error:
-                refused[site] = str(error)
-        for site, reason in refused.items():
-            self._leave_out(attempt, site, action, reason)
-        return accepted, refused
-
-    def _leave_out(self, attempt: Attempt, site: int, action: str, reason: str) -> None:
-        """Record why a site is out of an attempt: the first reason is the one that counts.
-
-        A survivor whose vote is missing is asked for its shares all the same, and may fail again.
-        """
-        if (attempt, site) in self._left_out:
-            return
-        self._left_out.add((attempt, site))
-        self._record(attempt, Phase.LEFT_OUT, {"at": action, "reason": reason}, site=site)
-
-    def _record(
-        self, attempt: Attempt, phase: Phase, facts: Json = None, *, site: int = EVERYBODY
-    ) -> None:
-        self._store.record(attempt, phase, facts, site=site)
-        self._observer(attempt, phase, site, facts)
 
     def _name(self, site: int) -> str:
         return self._roster.member(site).name
@@ -383,6 +319,3 @@ class RoundEngine:
 
 class _NoHope(CohortTooSmall):
     """So many sites refuse that another attempt would fail alike."""
-
-
-_SILENT = "no answer"

@@ -25,6 +25,7 @@ class State:
         session: Where the next attempt at the open round begins: at 1, and after a second pass that
             was lost at the session behind it.
         attempts: Attempts that the open round has seen.
+        refused: Rounds in a row that the gate has refused, up to the last one that is complete.
         missed: The last of them in a row that missed the minimum of sites, if the plan counts them.
         record: What the run's attempts have shown of its sites: one that lies or falls silent again
             and again would cost the others an update each time, until no spare round is left.
@@ -36,6 +37,7 @@ class State:
     holders: frozenset[int]
     session: int
     attempts: int
+    refused: int
     missed: int
     record: Record
 
@@ -53,7 +55,7 @@ class Fold:
     def __init__(self, store: RunStore, run: str, plan: Plan, start: bytes) -> None:
         self._store, self._run, self._plan, self._start = store, run, plan.hash().hex(), start
         self._mark, self._record = BEGINNING, Record()
-        self._committed = self._attempts = self._missed = 0
+        self._committed = self._attempts = self._missed = self._refused = 0
         self._session = 1
         self._ready, self._holders = set[int](), frozenset[int]()
         self._previous, self._fallen = dict[str, bytes](), dict[str, bytes]()
@@ -79,13 +81,14 @@ class Fold:
             holders=self._holders,
             session=self._session,
             attempts=self._attempts,
+            refused=self._refused,
             missed=self._missed,
             record=self._record,
         )
 
     def _take(self, event: Event) -> None:
         facts = json.loads(event.payload)
-        if event.phase in {Phase.ABORTED, Phase.COMMITTED}:
+        if event.phase in {Phase.ABORTED, Phase.COMMITTED, Phase.REFUSED}:
             self._record = self._record.after(event.attempt.round, facts)
         if event.phase is Phase.STARTED:
             self._attempts, self._ready = event.attempt.attempt, set()
@@ -96,13 +99,19 @@ class Fold:
                     f"({facts['plan'][:12]}): give it that plan, or start a new run"
                 )
         elif event.phase is Phase.INVITED:
-            self._session = (
-                event.attempt.session | 1
-            )  # behind a second pass comes a first one
+            self._session = event.attempt.session | 1  # a second pass is even  # a second pass is even  # behind a second pass comes a first one
         elif event.phase is Phase.READY:
             self._ready.add(event.site)
         elif event.phase is Phase.ABORTED:
             self._missed = self._missed + 1 if facts.get("missed") else 0
+        elif event.phase is Phase.REFUSED:  # who was ready in it has the adapter that stays
+            refused = self._refused + 1
+            self._end_round(event, facts["adapter"], self._sums, frozenset(self._ready))
+            first, self._refused = self._committed - refused + 1, refused
+            self._previous = {
+                **self._previous,
+                "refused": canonical_json([first, self._committed]),
+            }
         elif event.phase is Phase.FALLBACK:
             self._end_round(event, facts["adapter"], {}, frozenset())
             self._fallen = {"fallback": canonical_json([self._committed, self._adapter])}
@@ -122,6 +131,7 @@ class Fold:
     ) -> None:
         self._committed, self._adapter, self._sums = event.attempt.round, adapter, sums
         self._session, self._attempts, self._missed, self._holders = 1, 0, 0, holders
+        self._refused = 0
 
 
 def fold(store: RunStore, run: str, plan: Plan, start: bytes) -> State:

@@ -5,6 +5,7 @@ import numpy.typing as npt
 import pytest
 
 from fedward.aggregation import sketch as sketch_module
+from fedward.aggregation.products import split
 from fedward.aggregation.schemes import Layout
 from fedward.aggregation.sketch import check_rebuilt, rebuild, sketch, sketched_words
 from fedward.errors import ProtocolError
@@ -172,14 +173,14 @@ def test_a_long_update_is_clipped_before_it_is_sketched():
 def test_a_site_that_knows_the_matrices_moves_no_more_than_the_clip():
     """Its Y lies nearly where the rebuilding cannot look, so that little becomes much."""
     layout = LAYOUT[1:]
-    pair, clip = sketch_module._parts(layout)[0][0], 1.0
-    _, psi = pair.matrices(KEY)
+    pair, clip = split(layout)[0][0], 1.0
+    psi, height = sketch_module._psi(pair, KEY), sketch_module._height(pair)
     hidden = np.random.default_rng(0).normal(size=(M, pair.width))
     hidden -= psi @ (psi.T @ hidden) * (1 - 1e-6)
     evil = np.zeros(sketched_words(layout))
     d = R * (M + N)
     evil[d : d + M * pair.width] = 0.7 * hidden.ravel() / np.linalg.norm(hidden)
-    evil[d + M * pair.width :] = 0.7 / np.sqrt(pair.height * N)
+    evil[d + M * pair.width :] = 0.7 / np.sqrt(height * N)
     start = np.zeros(d, dtype=np.float32)
     a, b = np.split(rebuild(start, evil, layout, KEY, clip).astype(np.float64), [R * N])
     assert np.linalg.norm(b.reshape(M, R) @ a.reshape(R, N)) <= clip**2 * 1.001

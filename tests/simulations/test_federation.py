@@ -18,7 +18,7 @@ from fedward.errors import CohortTooSmall, RoundError
 from fedward.messages import MESSAGE_TYPES, open_letter
 from fedward.plan import Plan
 from fedward.plan_aggregation import Aggregation, Cohort
-from fedward.server.rounds import Observer
+from fedward.server.sessions import Observer
 from fedward.server.store import Phase
 from fedward.simulations.federation import Federation
 from fedward.simulations.grid import FIRST_NODE, LocalGrid

@@ -24,7 +24,7 @@ from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.client.training import Trainer
 from fedward.plan import Plan
-from fedward.server.rounds import Observer
+from fedward.server.sessions import Observer
 from fedward.server.store import Phase
 from fedward.simulations.federation import Federation
 from tests.simulations import tiny

@@ -17,7 +17,7 @@ from fedward.client.trainer import LocalTrainer
 from fedward.client.training import Scores, Trainer, TrainRequest, TrainResult
 from fedward.plan import Data, Model, Plan, Privacy, Rounds, Task, Tuner
 from fedward.plan_aggregation import Cohort
-from fedward.server.rounds import Observer
+from fedward.server.sessions import Observer
 from fedward.server.store import Event, Phase, RunStore
 from fedward.simulations.federation import RUN, Federation
 from fedward.tuning.models import fingerprint
