@@ -99,7 +99,7 @@ class Fold:
                     f"({facts['plan'][:12]}): give it that plan, or start a new run"
                 )
         elif event.phase is Phase.INVITED:
-            self._session = event.attempt.session | 1  # a second pass is even  # a second pass is even  # behind a second pass comes a first one
+            self._session = event.attempt.session | 1  # a second pass is even
         elif event.phase is Phase.READY:
             self._ready.add(event.site)
         elif event.phase is Phase.ABORTED:
