@@ -17,6 +17,10 @@ from fedward.canonical import Json, canonical_json, digest
 from fedward.errors import ConfigurationError, require
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.plan_fallback import Fallback
+from fedward.plan_gate import Gate
+from fedward.plan_task import Data as Data
+from fedward.plan_task import Split as Split
+from fedward.plan_task import Task as Task
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -64,9 +68,14 @@ class Tuner:
     Args:
         method: ``lora`` (QLoRA is ``lora`` over a quantized base).
         arguments: The keys of ``peft.LoraConfig``, for example ``r`` and ``target_modules``.
+        ranks: Site name to the rank that it trains, 1 to ``r``: the first components of the
+            adapter. Whoever is not named trains all. With scheme ``sketch`` only.
     """
 
     method: Literal["lora"] = "lora"
+    ranks: Mapping[str, int] | None = field(
+        default=None, hash=False, metadata={typed_toml.LATER: True}
+    )
     arguments: Mapping[str, Any] = field(
         default_factory=dict, hash=False, metadata={typed_toml.REST: True}
     )
@@ -76,88 +85,12 @@ class Tuner:
         for key, value in self.arguments.items():
             require(key != "method", "arguments", key, "a key of PEFT")
             require(_is_plain(value), key, value, "text, numbers, true, false, or lists of them")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """``[task]``: the objective.
-
-    Args:
-        objective: ``sft`` (causal language modelling) or ``classify``.
-        max_length: Tokens kept of one example, 8 to 131072.
-        labels: The classes of ``classify`` in order. Public by nature: sites never derive them
-            from their data. A simulation fills them in from all of its data.
-    """
-
-    objective: Literal["sft", "classify"] = "sft"
-    max_length: int = 512
-    labels: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Check every limit."""
-        require(8 <= self.max_length <= 131072, "max_length", self.max_length, "8 to 131072 tokens")
-        unique = len(set(self.labels)) == len(self.labels) != 1
-        require(unique, "labels", list(self.labels), "at least two classes, each once")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """``[data] split``: makes sites out of one data set, in simulation only.
-
-    Args:
-        by: The column whose values are dealt unevenly, usually the label.
-        alpha: Dirichlet concentration, > 0; small is uneven.
-        sites: Number of sites, 3 to 10000 (no sum has fewer than three).
-        seed: Seed of the split.
-    """
-
-    by: str
-    alpha: float
-    sites: int
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every limit."""
-        require(0 < self.alpha < math.inf, "alpha", self.alpha, "a number above 0")
-        require(3 <= self.sites <= 10000, "sites", self.sites, "3 to 10000")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """``[data]``: which columns hold what; a site may map its own names onto these.
-
-    Args:
-        text: Column of the input text.
-        label: Column of the class (``classify``).
-        messages: Column of chat messages (``sft``), rendered with the model's chat template.
-        prompt: Column of the prompt (``sft``); only the completion is then learned.
-        completion: Column of the completion (``sft``).
-        template: Text with ``{column}`` fields that replaces ``text`` (or ``prompt``).
-        unit: Column naming whom privacy protects, usually the patient. Left out, each row is a
-            unit of its own.
-        site: Column that makes the sites, in simulation only.
-        split: Makes sites by a Dirichlet split, in simulation only.
-    """
-
-    text: str = "text"
-    label: str = "label"
-    messages: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    template: str | None = None
-    unit: str | None = None
-    site: str | None = None
-    split: Split | None = None
-
-    def __post_init__(self) -> None:
-        """Check every limit."""
-        paired = (self.prompt is None) == (self.completion is None)
-        require(paired, "prompt", self.prompt, "prompt and completion together, or neither")
-        one = self.messages is None or self.prompt is None
-        require(one, "messages", self.messages, "either messages or prompt and completion")
-        one = self.site is None or self.split is None
-        require(one, "split", self.split, "either site or split")
+        if self.ranks is not None:
+            most = self.arguments.get("r", 8)  # PEFT's default
+            one = type(most) is int and not self.arguments.get("rank_pattern")
+            require(one, "ranks", dict(self.ranks), "one r for all layers, without rank_pattern")
+            for name, rank in self.ranks.items():
+                require(1 <= rank <= most, f"ranks.{name}", rank, f"1 to r = {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +219,7 @@ class Plan:
     privacy: Privacy = field(default_factory=Privacy)
     metrics: Metrics | None = None
     fallback: Fallback | None = field(default=None, metadata={typed_toml.LATER: True})
+    gate: Gate | None = field(default=None, metadata={typed_toml.LATER: True})
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -299,14 +233,23 @@ class Plan:
     def _check_combinations(self) -> None:
         """Refuse what a section allows on its own, but not beside the others."""
         data, minimum = self.data, self.cohort.minimum
-        chats = data.messages is not None or data.prompt is not None
-        allowed = "'sft' with messages or prompt and completion: 'classify' reads text"
-        require(
-            self.task.objective == "sft" or not chats, "objective", self.task.objective, allowed
-        )
+        holds, needed = {
+            "sft": (data.chosen is None, "'dpo' with chosen and rejected"),
+            "classify": (
+                data.messages is None and data.prompt is None,
+                "'sft' with messages or prompt and completion: 'classify' reads text",
+            ),
+            "dpo": (data.chosen is not None, "[data] prompt, chosen and rejected for 'dpo'"),
+            "kto": (data.completion is not None, "[data] prompt and completion for 'kto'"),
+        }[self.task.objective]
+        require(holds, "objective", self.task.objective, needed)
         if data.split is not None:
             allowed = f"at least [cohort] minimum = {minimum}"
             require(data.split.sites >= minimum, "sites", data.split.sites, allowed)
+        scheme = self.aggregation.scheme
+        alike = self.tuner.ranks is None or scheme == "sketch"
+        # A and B of other ranks have no mean, but their products do.
+        require(alike, "ranks", self.tuner.ranks, f"none with {scheme!r}: only 'sketch' mixes them")
         wide = self.metrics is None or self.aggregation.word_bits == 32
         require(wide, "word_bits", self.aggregation.word_bits, "32 beside [metrics]")
         if self.aggregation.weights is not None:

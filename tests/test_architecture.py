@@ -25,6 +25,7 @@ LEAVES = {
     "plan",
     "plan_aggregation",
     "plan_fallback",
+    "plan_task",
     "private_files",
     "typed_toml",
 }

@@ -120,15 +120,23 @@ REFUSED: list[tuple[Any, ...]] = [
     ("model", "gradient_checkpointing", [1, "yes"], "true or false"),
     ("tuner", "method", ["Lora", 1], "one of 'lora'"),
     ("tuner", "r", [math.nan], "text, numbers, true, false, or lists of them"),
-    ("task", "objective", ["dpo"], "one of 'sft', 'classify'"),
+    ("task", "objective", ["ppo"], "one of 'sft', 'classify', 'dpo', 'kto'"),
+    ("task", "beta", [0.2], "none: it belongs to dpo and kto"),
+    ("task", "beta", [0.0, 101.0, math.inf], "above 0 and at most 100"),
+    ("task", "desirable_weight", [2.0], "none: it belongs to kto"),
+    ("task", "desirable_weight", [-1.0], "above 0 and at most 100"),
+    ("task", "undesirable_weight", [2.0], "none: it belongs to kto"),
+    ("task", "undesirable_weight", [0.0], "above 0 and at most 100"),
     ("task", "max_length", [7, 131073], "8 to 131072 tokens"),
     ("task", "labels", [["a"], ["a", "b", "a"]], "at least two classes, each once"),
     ("task", "labels", ["a"], "a list"),
     ("data", "text", [1], TEXT),
     ("data", "label", [1], TEXT),
     ("data", "messages", [1], TEXT),
-    ("data", "prompt", ["q"], "prompt and completion together, or neither"),
+    ("data", "prompt", ["q"], "prompt with completion, or with chosen and rejected"),
     ("data", "completion", [1], TEXT),
+    ("data", "chosen", ["a"], "chosen and rejected together, or neither"),
+    ("data", "rejected", [1], TEXT),
     ("data", "template", [1], TEXT),
     ("data", "unit", [1], TEXT),
     ("data", "site", [1], TEXT),
@@ -152,7 +160,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("rounds", "physical_batch", [0, 4097], "1 to 4096 records"),
     ("cohort", "minimum", [-3, 2, 100001], "3 to 100000 with 1 colluders"),
     ("cohort", "colluders", [-1], "0 or more"),
-    ("aggregation", "scheme", ["mean"], "one of 'fedavg', 'ffa', 'alternating', 'sketch-once'"),
+    ("aggregation", "scheme", ["mean"], "one of 'fedavg', 'ffa', 'alternating', 'sketch', 'sketch"),
     ("aggregation", "update_clip", [0.0, -1.0, math.inf], POSITIVE),
     ("aggregation", "word_bits", [8, 64, "32"], "one of 16, 32"),
     ("aggregation", "weights", [[1.0], "uniform"], "a section"),
@@ -319,7 +327,7 @@ def test_a_plan_needs_name_model_and_rounds(file, key):
     ("build", "message"),
     [
         (lambda: Data(messages="m", prompt="p", completion="c"), "either messages or prompt"),
-        (lambda: Data(completion="c"), "prompt and completion together"),
+        (lambda: Data(completion="c"), "prompt with completion"),
         (
             lambda: Data(site="s", split=Split(by="label", alpha=1, sites=3)),
             "either site or split",
@@ -341,6 +349,21 @@ def test_sections_that_do_not_fit_each_other_are_refused(full):
     with pytest.raises(InvalidValue, match="'classify' reads text"):
         replace(full, data=Data(prompt="q", completion="a"))
     replace(full, data=Data(prompt="q", completion="a"), task=Task(objective="sft"))
+    pairs = Data(prompt="q", chosen="a", rejected="b")
+    for objective, data, message in (
+        ("sft", pairs, "'dpo' with chosen"),
+        ("dpo", Data(prompt="q", completion="a"), "prompt, chosen and rejected"),
+        ("kto", pairs, "prompt and completion"),
+        ("kto", Data(), "prompt and completion"),
+    ):
+        task: Any = Task(objective=objective)
+        with pytest.raises(InvalidValue, match=message):
+            replace(full, data=data, task=task)
+    replace(full, data=pairs, task=Task(objective="dpo", beta=0.5))
+    kto = Task(objective="kto", beta=0.5, desirable_weight=2.0, undesirable_weight=0.5)
+    replace(full, data=Data(prompt="q", completion="a"), task=kto)
+    with pytest.raises(InvalidValue, match="prompt with completion, or with chosen"):
+        Data(prompt="q", completion="a", chosen="b", rejected="c")
 
 
 def test_a_full_plan_is_read(full):
@@ -475,11 +498,18 @@ def test_the_hash_changes_with_each_key(full):
     left = {(s, k) for s, k, _ in KEYS} - {
         (s, k) for s, cs in CHANGES.items() for c in cs for k in c
     }
-    assert {key for _, key in left} == one_value | only_sft | vars(FALLBACKS[0]).keys()
+    preferring = {"chosen", "rejected", "beta", "desirable_weight", "undesirable_weight"}
+    named = one_value | only_sft | preferring | vars(FALLBACKS[0]).keys()
+    assert {key for _, key in left} == named
     sft = replace(full, task=Task())
     data = [Data(), Data(messages="m"), Data(prompt="p", completion="c")]
     data += [Data(prompt="x", completion="c"), Data(prompt="p", completion="x")]
     assert len({replace(sft, data=d).hash() for d in data}) == len(data)
+    tasks: list[Any] = [{}, {"beta": 0.2}, {"desirable_weight": 2.0}, {"undesirable_weight": 2.0}]
+    kto = replace(sft, data=data[2], task=Task(objective="kto"))
+    assert len({changed(kto, "task", task).hash() for task in tasks}) == len(tasks)
+    pairs = [Data(prompt="p", chosen=a, rejected=b) for a, b in ("ab", "xb", "ax")]
+    assert len({replace(sft, data=d, task=Task(objective="dpo")).hash() for d in pairs}) == 3
 
 
 def test_a_plan_without_a_fallback_has_the_hash_that_it_had(full):

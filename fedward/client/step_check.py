@@ -10,7 +10,7 @@ from fedward.errors import ModelError, UncoveredParameters
 from fedward.plan import Plan
 from fedward.privacy.coverage import Coverage, coverage
 from fedward.privacy.probe import check_independence
-from fedward.tuning.objectives import Encoded, Example, collate, loss_per_example
+from fedward.tuning.objectives import collate, encoded_as, loss_per_example, made_up
 from fedward.tuning.tuned import tuned_model
 
 _LOG = logging.getLogger(__name__)
@@ -30,14 +30,13 @@ def check_step(plan: Plan, device: str = "cpu") -> Coverage:
         ModelError: No clipping could bound what one unit changes, or the model cannot be loaded.
     """
     tuned = tuned_model(plan, device)
-    classify, known = plan.task.objective == "classify", len(tuned.tokenizer)
+    known = len(tuned.tokenizer)
     rows = [tuple((7 * n + place) % known for place in range(n)) for n in _LENGTHS]
-    targets = [(n % 2,) for n in _LENGTHS] if classify else rows
-    examples = [Example(tokens=a, targets=b) for a, b in zip(rows, targets, strict=True)]
-    made_up = Encoded(examples=tuple(examples), padding=0, classify=classify)
+    examples = [made_up(plan, row, number % 2) for number, row in enumerate(rows)]
+    encoded = encoded_as(plan, examples, padding=0)
 
     def loss(model: nn.Module, indices: Sequence[int]) -> Tensor:
-        return loss_per_example(model, collate(made_up, indices, device))
+        return loss_per_example(model, collate(encoded, indices, device))
 
     try:
         check_independence(tuned.model, loss, range(len(rows)))

@@ -28,7 +28,7 @@ from fedward.tuning.adapter import flatten, from_bytes, load_adapter
 from fedward.tuning.metrics import evaluate
 from fedward.tuning.objectives import Encoded, collate, encode, loss_per_example
 from fedward.tuning.records import Records, merge, select
-from fedward.tuning.tuned import Tuned, tuned_model
+from fedward.tuning.tuned import Tuned, tuned_model, with_reference
 from fedward.tuning.tuners import trainable, training_only
 
 _LOG = logging.getLogger(__name__)
@@ -189,15 +189,18 @@ class LocalTrainer:
         """
         key = (plan.hash(), held_out)
         if key not in self._encoded:
-            tokenizer = self.tuned(plan).tokenizer
+            tuned = self.tuned(plan)
+            tokenizer, units = tuned.tokenizer, records.units
             try:
-                self._encoded[key] = (records.units, encode(records, tokenizer, plan))
+                encoded = encode(records, tokenizer, plan)
             except _UNFIT as error:
                 own = isinstance(error, FedwardError)
                 _LOG.warning("%s; its unit is left out", error if own else safe_repr(error))
                 alone = [select(records, [unit]) for unit in range(len(records.units))]
                 kept = merge([part for part in alone if _fits(part, tokenizer, plan)])
-                self._encoded[key] = (kept.units, encode(kept, tokenizer, plan))
+                units, encoded = kept.units, encode(kept, tokenizer, plan)
+            batch = min(self._physical_batch, plan.rounds.physical_batch)
+            self._encoded[key] = (units, with_reference(tuned, encoded, batch_size=batch))
         return self._encoded[key]
 
 

@@ -64,8 +64,8 @@ class Scores:
 
     Args:
         loss: Mean loss.
-        accuracy: Share of right classes; None for ``sft``.
-        macro_f1: Mean F1 over the classes that occur; None for ``sft``.
+        accuracy: Share of right classes or preferences; None for ``sft``.
+        macro_f1: Mean F1 over the classes that occur; ``classify`` alone.
     """
 
     loss: float

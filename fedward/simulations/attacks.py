@@ -20,7 +20,7 @@ from fedward.tuning.adapter import from_bytes, load_adapter
 from fedward.tuning.metrics import evaluate
 from fedward.tuning.objectives import Encoded, encode
 from fedward.tuning.records import Records, select
-from fedward.tuning.tuned import tuned_model
+from fedward.tuning.tuned import tuned_model, with_reference
 from fedward.tuning.tuners import trainable
 
 Progress = Callable[[str], None]
@@ -91,7 +91,8 @@ def attack_membership(
     parts = references + 3  # members, non-members, population
     chosen = stream.choose(len(records.units), parts * members)
     records = select(records, [int(unit) for unit in chosen])
-    encoded = encode(records, tuned_model(plan).tokenizer, plan)
+    tuned = tuned_model(plan)
+    encoded = with_reference(tuned, encode(records, tuned.tokenizer, plan))
     groups = [records.units[start * members : (start + 1) * members] for start in range(parts)]
     target = _trained_losses(plan, encoded, records.units, groups[0], stream.child("target"))
     others = np.stack(
@@ -135,7 +136,7 @@ def attack_updates(plan: Plan, records: Records, stream: SecureStream, patients:
     """
     tuned = tuned_model(plan)
     records = select(records, range(patients))
-    encoded = encode(records, tuned.tokenizer, plan)
+    encoded = with_reference(tuned, encode(records, tuned.tokenizer, plan))
     load_adapter(tuned.model, from_bytes(tuned.start))
     shake(tuned.model)
     start = {name: p.detach().clone() for name, p in trainable(tuned.model).items()}

@@ -17,10 +17,18 @@ from fedward.privacy.noise import SecureStream
 from fedward.simulations.notes import vocabulary
 from fedward.tuning.adapter import from_bytes, load_adapter
 from fedward.tuning.models import fingerprint
-from fedward.tuning.objectives import Encoded, Example, collate, encode, loss_per_example
+from fedward.tuning.objectives import (
+    Encoded,
+    Example,
+    collate,
+    encode,
+    encoded_as,
+    loss_per_example,
+    made_up,
+)
 from fedward.tuning.records import find_splits, labels_of, make_sites, read_records
 from fedward.tuning.small import build_bert, build_llama, build_tokenizer
-from fedward.tuning.tuned import tuned_model
+from fedward.tuning.tuned import tuned_model, with_reference
 from fedward.tuning.tuners import trainable
 
 _LENGTH = 12  # tokens of a generated record and of a canary
@@ -74,7 +82,7 @@ def real_rig(plan: Plan, data: Path) -> Rig:
         subject=f"the plan's model on {len(records.units)} units of real records",
         model=tuned.model,
         tokens=len(tuned.tokenizer),
-        encoded=encode(records, tuned.tokenizer, plan),
+        encoded=with_reference(tuned, encode(records, tuned.tokenizer, plan)),
         units=records.units,
     )
 
@@ -103,11 +111,7 @@ def tiny_rig(plan: Plan, folder: Path, stream: SecureStream) -> Rig:
         subject=f"a tiny {Path(plan.model.path).name} on {count} random units",
         model=tuned.model,
         tokens=tokens,
-        encoded=Encoded(
-            examples=random_examples(plan, tokens, ends[-1], stream),
-            padding=padding,
-            classify=plan.task.objective == "classify",
-        ),
+        encoded=encoded_as(plan, random_examples(plan, tokens, ends[-1], stream), padding),
         units=tuple(tuple(range(e - n, e)) for e, n in zip(ends, sizes, strict=True)),
     )
 
@@ -144,12 +148,10 @@ def random_examples(
     """Records of random tokens, with random classes where the plan classifies."""
     length = min(_LENGTH, plan.task.max_length)
     drawn = stream.integers(count * length, tokens).reshape(count, length).tolist()
-    if plan.task.objective == "sft":
-        return tuple(Example(tokens=tuple(row), targets=tuple(row)) for row in drawn)
-    classes = stream.integers(count, len(plan.task.labels)).tolist()
+    classify = plan.task.objective == "classify"
+    numbers = stream.integers(count, len(plan.task.labels)).tolist() if classify else range(count)
     return tuple(
-        Example(tokens=tuple(row), targets=(number,))
-        for row, number in zip(drawn, classes, strict=True)
+        made_up(plan, tuple(row), number) for row, number in zip(drawn, numbers, strict=True)
     )
 
 
@@ -170,7 +172,7 @@ def rig_pairs(rig: Rig, stream: SecureStream) -> Iterator[Neighbours]:
             *(_cut(one, _LENGTH + 3 - length) for one in others[:company]),
             *(_cut(one, length) for one in canaries[:records]),
         )
-        encoded = Encoded(examples=examples, padding=padding, classify=rig.encoded.classify)
+        encoded = encoded_as(rig.plan, examples, padding)
 
         def loss(wrapped: nn.Module, rows: Sequence[int], encoded: Encoded = encoded) -> Tensor:
             return loss_per_example(wrapped, collate(encoded, rows, "cpu"))
@@ -186,9 +188,11 @@ def rig_pairs(rig: Rig, stream: SecureStream) -> Iterator[Neighbours]:
 
 def _cut(example: Example, length: int) -> Example:
     classify = len(example.targets) < len(example.tokens)
-    return Example(
+    return dataclasses.replace(
+        example,
         tokens=example.tokens[:length],
         targets=example.targets if classify else example.targets[:length],
+        rejected=example.rejected and _cut(example.rejected, length),
     )
 
 

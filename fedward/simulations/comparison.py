@@ -17,7 +17,7 @@ from fedward.tuning.adapter import adapter_state, from_bytes, load_adapter, to_b
 from fedward.tuning.metrics import Metrics, evaluate
 from fedward.tuning.objectives import encode
 from fedward.tuning.records import Records, merge
-from fedward.tuning.tuned import tuned_model
+from fedward.tuning.tuned import tuned_model, with_reference
 
 CENTRAL, CENTRAL_NO_PRIVACY = "central", "central-no-privacy"
 
@@ -101,7 +101,7 @@ def train_in_one_place(
     tuned = tuned_model(plan)
     model = tuned.model
     load_adapter(model, from_bytes(tuned.start))
-    encoded = encode(records, tuned.tokenizer, plan)
+    encoded = with_reference(tuned, encode(records, tuned.tokenizer, plan))
     step = mechanism(plan) if step is None else step
     stream = SecureStream()
     for number in range(1, plan.rounds.count + 1):
@@ -122,7 +122,7 @@ def evaluate_adapter(plan: Plan, adapter: bytes, test: Records) -> Metrics:
     """Evaluate an adapter on the public test records."""
     tuned = tuned_model(plan)
     load_adapter(tuned.model, from_bytes(adapter))
-    return evaluate(tuned.model, encode(test, tuned.tokenizer, plan))
+    return evaluate(tuned.model, with_reference(tuned, encode(test, tuned.tokenizer, plan)))
 
 
 def pooled(sites: Mapping[str, Records]) -> Records:

@@ -97,8 +97,8 @@ class Report:
 
     @property
     def measure(self) -> str:
-        """``accuracy``, or ``loss`` for plans that write text."""
-        return "accuracy" if self.plan.task.objective == "classify" else "loss"
+        """``accuracy`` of classes and preferences, or ``loss`` for plans that write text."""
+        return "loss" if self.plan.task.objective == "sft" else "accuracy"
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``report.json``; numbers that JSON lacks become ``inf`` and null."""

@@ -49,6 +49,7 @@ from fedward.simulations.comparison import (
     measure,
     pooled,
 )
+from fedward.simulations.coordinator import fallback_of, gate_of
 from fedward.simulations.federation import RUN, Federation
 from fedward.simulations.grid import FIRST_NODE
 from fedward.simulations.report import (
@@ -219,7 +220,8 @@ class _Work:
                 workers=max(1, ray_workers),
                 fault=self._fault,
                 watch=self._watch,
-                fallback=self._fallback(),
+                fallback=fallback_of(plan, self._folder / "fallback"),
+                gate=gate_of(plan),
             )
             self._catch_up()
             self._show.update(task, completed=len(self._notes["cohorts"]))
@@ -238,6 +240,9 @@ class _Work:
                 elif phase in ROUND_ENDS and isinstance(facts, Mapping):
                     if phase is Phase.FALLBACK:
                         self._console.print(f"round {attempt.round}: trained by the coordinator")
+                    if phase is Phase.REFUSED:
+                        why = f"round {attempt.round} refused: {facts['reason']}"
+                        self._console.print(why, markup=False)
                     self._committed(attempt, facts)
                     self._show.update(task, completed=attempt.round)
 
@@ -336,8 +341,8 @@ class _Work:
     def _known(self, name: str) -> float:
         """The score of what is done."""
         result = json.loads(self._result(name).read_bytes())
-        classify = self._plan.task.objective == "classify"
-        return float(result["accuracy"] if classify else result["loss"])
+        accuracy = result["accuracy"]
+        return float(result["loss"] if accuracy is None else accuracy)
 
     def _result(self, name: str) -> Path:
         return self._folder / "results" / f"{_file_name(name)}.json"

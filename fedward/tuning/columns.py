@@ -33,18 +33,23 @@ def input_columns(plan: Plan) -> list[str]:
         return template_columns(data.template)
     if plan.task.objective == "sft" and data.messages is not None:
         return [data.messages]
-    if plan.task.objective == "sft" and data.prompt is not None:
+    if plan.task.objective != "classify" and data.prompt is not None:
         return [data.prompt]
     return [data.text]
 
 
+def answer_columns(plan: Plan) -> list[str]:
+    """The columns of what follows a prompt: none, the completion, or the better answer first."""
+    data = plan.data
+    answers = (data.completion, data.chosen, data.rejected)
+    return [] if plan.task.objective == "classify" else [a for a in answers if a is not None]
+
+
 def example_columns(plan: Plan) -> list[str]:
     """The columns that make an example: its input and what is learned of it, each once."""
-    columns = input_columns(plan)
-    if plan.task.objective == "classify":
+    columns = [*input_columns(plan), *answer_columns(plan)]
+    if plan.task.objective in {"classify", "kto"}:
         columns.append(plan.data.label)
-    elif plan.data.completion is not None:
-        columns.append(plan.data.completion)
     return list(dict.fromkeys(columns))
 
 

@@ -1,6 +1,5 @@
 """How good a model is on records it never saw, and whether a difference is more than luck."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,15 @@ import torch
 from torch import nn
 
 from fedward.errors import DataError
-from fedward.tuning.objectives import Encoded, collate, loss_and_logits
+from fedward.tuning.objectives import (
+    Encoded,
+    by_length,
+    collate,
+    loss_and_logits,
+    preference_loss,
+    prefers,
+    scores,
+)
 from fedward.tuning.resampling import bootstrap, each_row
 
 
@@ -20,9 +27,11 @@ class Metrics:
     Args:
         loss: Mean of ``losses``.
         losses: ``(n,)`` float64, each example's own loss.
-        correct: ``(n,)`` float64 of 0 and 1 for ``classify``; None for ``sft``.
+        correct: ``(n,)`` float64 of 0 and 1; None for ``sft``. ``dpo``: whether the better answer
+            is likelier, a tie not. ``kto``: whether the answer has become likelier than it was for
+            the reference just where it is desirable.
         accuracy: Mean of ``correct``.
-        macro_f1: Mean F1 over the classes that occur, unweighted.
+        macro_f1: Mean F1 over the classes that occur, unweighted; ``classify`` alone.
     """
 
     loss: float
@@ -48,17 +57,28 @@ def evaluate(model: nn.Module, encoded: Encoded, *, batch_size: int = 64) -> Met
     if count == 0:
         raise DataError("nothing to evaluate on: expected at least one held-out record")
     losses, predicted = np.zeros(count), np.zeros(count, dtype=np.int64)
+    preferring = encoded.beta is not None
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
-        for indices in _by_length(encoded, batch_size):
-            loss, logits = loss_and_logits(model, collate(encoded, indices, device))
+        for indices in by_length(encoded, batch_size):
+            batch = collate(encoded, indices, device)
+            if preferring:
+                found = scores(model, batch)
+                loss = preference_loss(found, batch)
+                predicted[indices] = prefers(found, batch).cpu().numpy()
+            else:
+                loss, logits = loss_and_logits(model, batch)
+                if encoded.classify:
+                    predicted[indices] = logits.argmax(dim=-1).cpu().numpy()
             losses[indices] = loss.double().cpu().numpy()
-            if encoded.classify:
-                predicted[indices] = logits.argmax(dim=-1).cpu().numpy()
     finally:
         model.train(training)
+    if preferring:
+        right = predicted.astype(np.float64)
+        accuracy = float(right.mean())
+        return Metrics(loss=float(losses.mean()), losses=losses, correct=right, accuracy=accuracy)
     if not encoded.classify:
         return Metrics(loss=float(losses.mean()), losses=losses)
     classes = np.array([example.targets[0] for example in encoded.examples])
@@ -105,12 +125,6 @@ def paired_interval(
         resamples=resamples,
     )
     return float(difference.mean()), float(low[0]), float(high[0])
-
-
-def _by_length(encoded: Encoded, batch_size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(encoded.examples)), key=lambda i: len(encoded.examples[i].tokens))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
 
 
 def _macro_f1(classes: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> float:

@@ -53,12 +53,21 @@ def uses_chat(data: Data, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def segments(
-    row: Mapping[str, Any], plan: Plan, tokenizer: PreTrainedTokenizerBase
+    row: Mapping[str, Any],
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    answer: str | None = None,
 ) -> list[Segment]:
-    """The text of one ``sft`` record, cut into what is given and what is learned.
+    """The text of one record, cut into what is given and what is learned.
 
-    Messages: what the assistant says is learned. Prompt and completion: the completion is, through
-    the tokenizer's chat template where it has one. Plain text: all of it is.
+    Messages: what the assistant says is learned. Prompt and answer: the answer is, through the
+    tokenizer's chat template where it has one. Plain text: all of it is.
+
+    Args:
+        row: The record.
+        plan: Names its columns.
+        tokenizer: The model's.
+        answer: Column of the answer; left out, the plan's ``completion``, if it has one.
 
     Raises:
         ConfigurationError: ``messages`` with a tokenizer that has no chat template, or one that
@@ -67,10 +76,11 @@ def segments(
     data, end = plan.data, str(tokenizer.eos_token or "")
     if data.messages is not None:
         return _chat(row[data.messages], tokenizer)
-    if data.prompt is None or data.completion is None:
+    answer = answer or data.completion
+    if data.prompt is None or answer is None:
         return [Segment(text=input_text(row, data) + end, learned=True)]
     prompt = str(row[data.prompt]) if data.template is None else fill(data.template, row)
-    completion = str(row[data.completion])
+    completion = str(row[answer])
     if uses_chat(data, tokenizer):
         turns = [("user", prompt), ("assistant", completion)]
         return _chat([{"role": role, "content": text} for role, text in turns], tokenizer)

@@ -25,7 +25,7 @@ from pyarrow.parquet import read_table as read_parquet
 
 from fedward.errors import DataError
 from fedward.plan import Data, Plan
-from fedward.tuning.columns import input_columns, needed_columns
+from fedward.tuning.columns import answer_columns, input_columns, needed_columns
 
 _LOG = logging.getLogger(__name__)
 
@@ -259,12 +259,13 @@ def _problem(row: Row, plan: Plan) -> str:
     for column in input_columns(plan):
         kinds = str if data.template is None else str | int | float
         expected[column] = isinstance(row[column], kinds), "text"
-    if plan.task.objective == "sft":
-        if data.messages in expected:
-            talk = "a list of {role, content} with at least one of the assistant"
-            expected[data.messages] = _is_conversation(row[data.messages]), talk
-        if data.completion is not None:
-            expected[data.completion] = isinstance(row[data.completion], str), "text"
+    if plan.task.objective == "sft" and data.messages in expected:
+        talk = "a list of {role, content} with at least one of the assistant"
+        expected[data.messages] = _is_conversation(row[data.messages]), talk
+    for column in answer_columns(plan):
+        expected[column] = isinstance(row[column], str), "text"
+    if plan.task.objective == "kto":
+        expected[data.label] = truth_of(row[data.label]) is not None, "true or false"
     if plan.task.objective == "classify":
         label = row[data.label]
         known = not plan.task.labels or str(label) in plan.task.labels
@@ -278,6 +279,13 @@ def _problem(row: Row, plan: Plan) -> str:
         expected[data.site] = row[data.site] not in (None, ""), "the name of a site"
     wrong = (f"column {c!r} must hold {what}" for c, (holds, what) in expected.items() if not holds)
     return next(wrong, "")
+
+
+def truth_of(value: object) -> bool | None:
+    """What a field of true or false says, also as ``"true"``, ``1`` or ``"1"``; None for others."""
+    known = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+    field = value.lower() if isinstance(value, str) else value
+    return known.get(field) if isinstance(field, str | int | float) else None
 
 
 def _is_conversation(messages: object) -> bool:

@@ -7,8 +7,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fedward.plan import Plan
-from fedward.tuning.adapter import adapter_state, layout, to_bytes
+from fedward.tuning.adapter import adapter_state, from_bytes, layout, load_adapter, to_bytes
 from fedward.tuning.models import load_base
+from fedward.tuning.objectives import Encoded, referred
 from fedward.tuning.tuners import attach
 from fedward.tuning.vector import Layout
 
@@ -46,3 +47,24 @@ def tuned_model(plan: Plan, device: str = "cpu") -> Tuned:
         start=to_bytes(adapter_state(model)),
         layout=layout(model),
     )
+
+
+def with_reference(tuned: Tuned, encoded: Encoded, *, batch_size: int = 64) -> Encoded:
+    """The examples of ``dpo`` or ``kto`` with what the reference says of each; others as they are.
+
+    The reference is the model as the plan starts it: the base itself for all methods but those that
+    put vectors before the input.
+
+    Args:
+        tuned: The plan's model; its adapter stays as it is.
+        encoded: From :func:`~fedward.tuning.objectives.encode`.
+        batch_size: Examples that the reference reads at a time.
+    """
+    if encoded.beta is None:
+        return encoded
+    before = adapter_state(tuned.model)
+    load_adapter(tuned.model, from_bytes(tuned.start))
+    try:
+        return referred(tuned.model, encoded, batch_size=batch_size)
+    finally:
+        load_adapter(tuned.model, before)

@@ -17,6 +17,7 @@ from fedward.errors import FedwardError
 from fedward.plan import Data, Plan, Task, Tuner
 from fedward.plan_aggregation import Aggregation
 from fedward.tuning.adapter import from_bytes
+from fedward.tuning.records import Records
 from fedward.tuning.tuned import tuned_model
 from tests.simulations import tiny
 
@@ -28,7 +29,18 @@ TUNERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "lora + biases": {"bias": "lora_only", "lora_bias": True},
 }
-OBJECTIVES = ("classify", "sft")
+OBJECTIVES: dict[str, tuple[Any, Any]] = {
+    "classify": (Task(objective="classify", labels=tiny.LABELS, max_length=16), {}),
+    "sft": (Task(objective="sft", max_length=16), {}),
+    "dpo": (
+        Task(objective="dpo", max_length=16),
+        {"prompt": "text", "chosen": "label", "rejected": "hospital"},
+    ),
+    "kto": (
+        Task(objective="kto", max_length=16),
+        {"prompt": "text", "completion": "hospital", "label": "wanted"},
+    ),
+}
 WAYS = ("fedavg", "ffa", "alternating", "sketch-once", "pooled")
 PRIVACY = ("epsilon 8", "none")
 WORKS = "yes"
@@ -52,9 +64,9 @@ def plan_of(base: Path, cell: Cell) -> Plan:
         "rounds": tiny.make_rounds(optimizer="sgd", learning_rate=0.1),
         "aggregation": Aggregation(scheme=scheme, update_clip=10.0),
     }
-    if objective == "sft":
-        given["task"] = Task(objective="sft", max_length=16)
-        given["data"] = Data(unit="patient", site="hospital")
+    task, columns = OBJECTIVES[objective]
+    given["task"] = task
+    given["data"] = Data(unit="patient", site="hospital", **columns)
     if privacy == "none":
         given["privacy"] = tiny.NAKED
     plan = tiny.make_plan(base, **given)
@@ -68,8 +80,8 @@ def outcome(base: Path, folder: Path, cell: Cell) -> str:
     try:
         plan = plan_of(base, cell)
         start = from_bytes(tuned_model(plan).start)
-        sites = tiny.recorders(tiny.make_sites(3))
-        after = from_bytes(tiny.make_federation(folder, plan, sites).run())
+        sites = {name: _wanted(records) for name, records in tiny.make_sites(3).items()}
+        after = from_bytes(tiny.make_federation(folder, plan, tiny.recorders(sites)).run())
     except FedwardError as error:
         return f"{type(error).__name__}: {error}".split("\n")[0]
     assert tiny.cohorts(folder) == [[0, 1, 2]] * 2, cell
@@ -77,6 +89,12 @@ def outcome(base: Path, folder: Path, cell: Cell) -> str:
     moved = [name for name in start if not torch.equal(start[name], after[name])]
     assert moved, f"{cell}: nothing moved"
     return WORKS
+
+
+def _wanted(records: Records) -> Records:
+    """The records with a column of whether the answer is wanted, half and half."""
+    rows = [{**row, "wanted": number % 2 == 0} for number, row in enumerate(records.rows)]
+    return dataclasses.replace(records, rows=tuple(rows))
 
 
 def run() -> dict[Cell, str]:
