@@ -76,17 +76,19 @@ def run_link(folder: CoordinatorFolder, stop: threading.Event) -> None:
     def follow() -> None:
         """Let in and shut out as the roster says; end when told to, or for a new certificate."""
         epoch, day = -1, time.monotonic()
-        while not stop.wait(_ROSTER_SECONDS):
-            with open_members(folder) as members:
-                now = members.roster().epoch
-            if now != epoch:
-                _admit(folder, state)
-                epoch = now
-            if time.monotonic() - day > _DAY_SECONDS:
-                day = time.monotonic()
-                if issue(folder, datetime.datetime.now(datetime.UTC)):
-                    break
-        server.should_exit = True
+        try:
+            while not stop.wait(_ROSTER_SECONDS):
+                with open_members(folder) as members:
+                    now = members.roster().epoch
+                if now != epoch:
+                    _admit(folder, state)
+                    epoch = now
+                if time.monotonic() - day > _DAY_SECONDS:
+                    day = time.monotonic()
+                    if issue(folder, datetime.datetime.now(datetime.UTC)):
+                        break
+        finally:
+            server.should_exit = True  # whatever happened: who follows no roster shuts nobody out
 
     threading.Thread(target=follow, name="roster", daemon=True).start()
     server.run()
