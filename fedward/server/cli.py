@@ -67,6 +67,7 @@ def start(
     from fedward.aggregation.rules import masked_bytes
     from fedward.server.control_client import open_control
     from fedward.server.fallback import fallback_job
+    from fedward.server.gate import gate_records
     from fedward.server.registry import Registry
     from fedward.server.start import prepare_start  # loads the model
     from fedward.tuning.models import resolve_model
@@ -78,6 +79,10 @@ def start(
     if frozen.fallback is not None:
         step = fallback_job(frozen, Path(frozen.fallback.job))
         write_private(found.fallback_job(frozen), typed_toml.dump(step).encode())
+    if frozen.gate is not None:
+        data = Path(frozen.gate.data)
+        gate_records(frozen, data)  # raises unless every record fits
+        write_private(found.gate_data(frozen), data.read_bytes())
     odd, even = masked_bytes(frozen, layout)
     Console(stderr=True).print(
         f"each site sends {odd:,} bytes of masked words a round"

@@ -131,6 +131,16 @@ class CoordinatorFolder:
         """The job of a started plan's ``[fallback]``, as it was when the plan was started."""
         return self.plans / f"{plan.hash().hex()}.job.toml"
 
+    def gate_data(self, plan: Plan) -> Path:
+        """The records of a started plan's ``[gate]``, as they were when the plan was started.
+
+        Raises:
+            ConfigurationError: The plan has no such section.
+        """
+        if plan.gate is None:
+            raise ConfigurationError("the plan has no [gate]")
+        return self.plans / f"{plan.hash().hex()}.gate.{Path(plan.gate.data).name}"
+
     @property
     def registry(self) -> Path:
         """Folder of the registry of models."""

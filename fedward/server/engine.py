@@ -13,15 +13,18 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedward import typed_toml
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.errors import CohortTooSmall, FedwardError
 from fedward.identity import Roster
+from fedward.plan import Plan
 from fedward.server.central.job import Step
 from fedward.server.coordinator_folder import CoordinatorFolder
 from fedward.server.fallback import train_apart
+from fedward.server.gate import loss_apart
 from fedward.server.members import open_members
 from fedward.server.registry import Registry
 from fedward.server.registry_entries import add_run
@@ -147,6 +150,7 @@ class Engine:
                 layout=run.layout,
                 observer=observe,
                 fallback=lambda number, adapter: self._train_alone(run, number, adapter),
+                gate=lambda adapter: self._try(run, adapter),
             ).run(grid)
         finally:
             store.close()
@@ -154,7 +158,7 @@ class Engine:
 
     def _train_alone(self, run: Run, number: int, adapter: bytes) -> bytes:
         """The job of a run's ``[fallback]``, on from an adapter."""
-        base = Registry(self._folder.registry).base(str(run.plan.model.sha256))
+        base = self._base(run.plan)
         step = typed_toml.load(Step, self._folder.fallback_job(run.plan))
 
         def look() -> None:
@@ -162,6 +166,19 @@ class Engine:
             self._stop_unless(run.name, RunState.RUNNING)
 
         return train_apart(run.plan, step, base, adapter, self._folder.runs / "fallback", look)
+
+    def _try(self, run: Run, adapter: bytes) -> float:
+        """The loss of an adapter on the records of a run's ``[gate]``."""
+        data, base = self._folder.gate_data(run.plan), self._base(run.plan)
+
+        def look() -> None:
+            self._beat(run.name, "the gate tries an adapter")
+            self._stop_unless(run.name, RunState.RUNNING, RunState.PAUSED, RunState.QUEUED)
+
+        return loss_apart(run.plan, data, base, adapter, self._folder.runs / "gate", look)
+
+    def _base(self, plan: Plan) -> Path:
+        return Registry(self._folder.registry).base(str(plan.model.sha256))
 
     def _register(self, run: Run) -> None:
         """Put what the run has made into the registry."""
@@ -227,6 +244,7 @@ _WORDS = {
     Phase.UNMASKED: "sum",
     Phase.ABORTED: "tried again",
     Phase.COMMITTED: "committed",
+    Phase.REFUSED: "refused by the gate",
     Phase.FALLBACK: "completed by the coordinator",
 }
 """What the engine does when an event of this phase was the last."""

@@ -8,7 +8,6 @@ that sites can take its result for the next round's start. It runs in a process 
 import dataclasses
 import hashlib
 import logging
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,16 @@ from fedward.canonical import digest
 from fedward.errors import ConfigurationError, FedwardError, ModelError
 from fedward.plan import Plan, from_json
 from fedward.private_files import make_private_folder, write_private
+from fedward.server.apart import last_line, run_apart
 from fedward.server.central.job import Step, load_job
 
 _LOG = logging.getLogger(__name__)
 
 _PLAN, _JOB, _START, _RESULT = "plan.json", "job.toml", "start.safetensors", "end.safetensors"
 _LOOK_SECONDS = 0.2
+
+_OBJECTIVES = ("sft", "classify")
+"""What goes on from an adapter; TRL's preference stages would add a second one as reference."""
 
 
 def fallback_job(plan: Plan, path: Path) -> Step:
@@ -38,11 +41,12 @@ def fallback_job(plan: Plan, path: Path) -> Step:
 
     Raises:
         ConfigurationError: With what is expected.
+        DataError: ``classify``: rows that cannot be read.
     """
-    if plan.task.objective != "sft":
+    if plan.task.objective not in _OBJECTIVES:
         raise ConfigurationError(
-            f"[fallback]: central training has no stage for the objective {plan.task.objective!r}; "
-            "leave the section out"
+            f"[fallback]: the objective {plan.task.objective!r} cannot be trained on centrally, "
+            f"only {' and '.join(_OBJECTIVES)}: leave the section out"
         )
     job = load_job(path)
     if len(job.steps) != 1:
@@ -70,7 +74,21 @@ def fallback_job(plan: Plan, path: Path) -> Step:
     for name in (data.train, data.evaluation):
         if name is not None and not Path(name).exists():
             raise ConfigurationError(f"{path}: [data] {name}: no such file")
+        if name is not None and step.stage == "classify":
+            _check_labels(Path(name), step, plan)
     return dataclasses.replace(step, data=data)
+
+
+def _check_labels(path: Path, step: Step, plan: Plan) -> None:
+    """Refuse classes that the plan's head does not have, before anybody trains."""
+    from fedward.server.central.data import read_dataset  # imports datasets
+
+    strange = set(read_dataset(path, step)["label"]) - set(plan.task.labels)
+    if strange:
+        raise ConfigurationError(
+            f"{path}: label {min(strange)!r}: expected one of the plan's, "
+            f"{', '.join(plan.task.labels)}"
+        )
 
 
 def train_apart(
@@ -107,25 +125,10 @@ def train_apart(
         write_private(work / name, data)
     result = work / _RESULT
     if not result.exists():
-        command = [sys.executable, "-P", "-m", "fedward.server.fallback", str(work), str(base)]
-        with (work / "said").open("wb") as said:
-            child = subprocess.Popen(  # noqa: S603  # our own command
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said
-            )
-            try:
-                while child.poll() is None:
-                    look()
-                    try:
-                        child.wait(_LOOK_SECONDS)
-                    except subprocess.TimeoutExpired:
-                        continue
-            finally:
-                child.kill()
-                child.wait()
+        said = work / "said"
+        status = run_apart("fedward.server.fallback", [work, base], said, look)
         if not result.exists():
-            lines = (work / "said").read_text(encoding="utf-8", errors="replace").splitlines()
-            last = next((line for line in reversed(lines) if line.strip()), "nothing was said")
-            raise ModelError(f"the fallback's training ended with {child.returncode}: {last}")
+            raise ModelError(f"the fallback's training ended with {status}: {last_line(said)}")
     return result.read_bytes()
 
 

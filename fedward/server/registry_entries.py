@@ -22,7 +22,7 @@ from fedward.server.central.manifest import (
 )
 from fedward.server.registry import REGISTRY, Registry
 from fedward.server.registry_version import Origin, Parent, Spent, Version
-from fedward.server.store import ROUND_ENDS, Phase, RunStore
+from fedward.server.store import Phase, RunStore
 
 
 def add_run(
@@ -49,9 +49,9 @@ def add_run(
     cohorts, adapter, central = list[list[int]](), "", 0
     for event in store.events(run):
         facts = json.loads(event.payload)
-        if event.phase in ROUND_ENDS:
+        if event.phase in {Phase.COMMITTED, Phase.FALLBACK}:
             adapter = facts["adapter"]
-        if event.phase is Phase.COMMITTED:
+        if event.phase in {Phase.COMMITTED, Phase.REFUSED}:  # both were paid for
             cohorts.append(facts["cohort"])
         central += event.phase is Phase.FALLBACK
     if not adapter:

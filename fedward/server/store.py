@@ -26,7 +26,8 @@ EVERYBODY = -1
 class Phase(StrEnum):
     """The transitions of a round, in order.
 
-    ABORTED ends an attempt; COMMITTED, or the coordinator's own training (FALLBACK), ends a round.
+    ABORTED ends an attempt; COMMITTED, the gate's no (REFUSED: the adapter stays as it was), or the
+    coordinator's own training (FALLBACK) ends a round.
     """
 
     STARTED = "started"
@@ -40,10 +41,11 @@ class Phase(StrEnum):
     UNMASKED = "unmasked"
     ABORTED = "aborted"
     COMMITTED = "committed"
+    REFUSED = "refused"
     FALLBACK = "fallback"
 
 
-ROUND_ENDS = frozenset({Phase.COMMITTED, Phase.FALLBACK})
+ROUND_ENDS = frozenset({Phase.COMMITTED, Phase.REFUSED, Phase.FALLBACK})
 
 
 @dataclass(frozen=True, kw_only=True)

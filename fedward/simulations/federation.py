@@ -20,7 +20,9 @@ from fedward.identity import Identity, Member, Roster
 from fedward.plan import Plan
 from fedward.privacy.ledger import Ledger
 from fedward.server.app import server_app
-from fedward.server.rounds import Observer, RoundEngine
+from fedward.server.gate import Loss
+from fedward.server.rounds import RoundEngine
+from fedward.server.sessions import Observer
 from fedward.server.store import RunStore
 from fedward.simulations.grid import FIRST_NODE, Fault, LocalGrid, Watch
 from fedward.tuning.vector import Layout
@@ -43,6 +45,8 @@ class Federation:
         watch: Sees every message that crosses between coordinator and sites.
         keys: Site name → secret key of noise and rounding; only tests fix them.
         fallback: The coordinator's own training, of a plan with ``[fallback]``.
+        gate: Tries an adapter on the coordinator's own records, of a plan with ``[gate]``.
+        agents: Site name → another agent than the one that everybody has, for attacks.
 
     Raises:
         CohortTooSmall: Fewer sites than the plan's minimum.
@@ -61,15 +65,19 @@ class Federation:
         watch: Watch | None = None,
         keys: Mapping[str, bytes] | None = None,
         fallback: Callable[[int, bytes], bytes] | None = None,
+        gate: Loss | None = None,
+        agents: Mapping[str, type[Agent]] | None = None,
     ) -> None:
         if len(trainers) < plan.cohort.minimum:
             raise CohortTooSmall(
                 f"the data makes {len(trainers)} sites, but [cohort] minimum = "
                 f"{plan.cohort.minimum}: give data with more sites or lower the minimum"
             )
-        self._folder, self._plan, self._fallback = folder, plan, fallback
+        self._folder, self._plan = folder, plan
+        self._fallback, self._gate = fallback, gate
         self._start, self._layout = start, layout
         self._trainers, self._keys = dict(trainers), dict(keys or {})
+        self._agents = dict(agents or {})
         self._held: dict[str, tuple[Ledger, SiteMemory]] = {}
         self._identity = _identity(folder / "coordinator")
         self.names = tuple(sorted(trainers))
@@ -107,6 +115,7 @@ class Federation:
             layout=self._layout,
             observer=observer,
             fallback=self._fallback,
+            gate=self._gate,
         )
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
         try:
@@ -144,7 +153,7 @@ class Federation:
             memory = SiteMemory.open(folder / "memory.jsonl", identity, ledger)
             self._held[name] = (ledger, memory)
             return client_app(
-                Agent(
+                self._agents.get(name, Agent)(
                     site=site,
                     identity=identity,
                     roster=self.roster,
@@ -182,6 +191,8 @@ def _write_policy(path: Path, plan: Plan) -> None:
         f"max_rounds = {plan.rounds.count + plan.rounds.spare}\n"
         f'models = ["{plan.model.sha256}"]\n'
         f'modes = ["{plan.mode}"]\n'
+        f'objectives = ["{plan.task.objective}"]\n'
+        f'methods = ["{plan.tuner.method}"]\n'
         f"minimum = {plan.cohort.minimum}\n"
         f"colluders = {plan.cohort.colluders}\n"
         "automatic = true\n",
