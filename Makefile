@@ -10,7 +10,7 @@ TORCH := $(if $(CI)$(FEDWARD_CPU),torch==2.13.0,torch)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # every stamp installs into the same environment
-.PHONY: help demo test field-test gpu-test check bench base-lm
+.PHONY: help demo test field-test fault-test gpu-test check bench base-lm
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -23,12 +23,16 @@ help: ## show this
 demo: $(VENV)/.demo ## four hospitals train one adapter on this machine; writes out/demo
 	$(BIN)/fedward simulate --out out/demo
 
-test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev ## run the tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 field-test: $(VENV)/.dev ## a coordinator and four hospitals as processes, killed in mid-round
-	$(BIN)/python -m pytest -q -m slow tests/field
+	$(BIN)/python -m pytest -q -m slow tests/field \
+	  tests/simulations/test_kill.py::test_a_killed_process_goes_on
 	$(BIN)/python -m tests.field.run
+
+fault-test: $(VENV)/.dev ## the same machines, a fault in every round: stalls, bad wires, wrong clocks
+	$(BIN)/python -m tests.field.run_faults
 
 gpu-test: $(VENV)/.dev ## one private round of an 8 B-shaped model on this machine's GPU
 	$(BIN)/python benchmarks/gpu_round.py

@@ -249,6 +249,7 @@ def test_options_that_do_not_fit_are_refused(site):
     assert "--delta, --steps, --rounds" in str(failed("privacy", "plan", "--rate=0.1"))
 
 
+@pytest.mark.slow
 def test_the_table_says_unit_neighbours_and_every_answer(site, monkeypatch):
     folder, _ = site
     monkeypatch.setattr(planning, "_has_pld", lambda: True)

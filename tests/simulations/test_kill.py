@@ -221,6 +221,7 @@ class Process:
             assert spent <= plan.privacy.epsilon
 
 
+@pytest.mark.slow  # `make field-test` runs it
 def test_a_killed_process_goes_on(tmp_path, base):
     process = Process(tmp_path, base, count=6, spare=4)
     assert process.kill_after(12, 0.001)
