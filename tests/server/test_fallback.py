@@ -119,20 +119,37 @@ def test_a_job_that_would_not_go_on_with_the_adapter_is_refused(
         fallback_job(make_plan(base), job)
 
 
-def test_a_plan_of_classes_has_no_job(base, public, tmp_path):
-    plan = make_plan(base, task=Task(objective="classify", labels=("a", "b"), max_length=16))
-    with pytest.raises(ConfigurationError, match="no stage for the objective 'classify'"):
-        fallback_job(plan, write_job(tmp_path, base, public))
+CLASSES = Task(objective="classify", labels=tiny.LABELS, max_length=16)
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_the_training_goes_on_from_the_adapter_bit_for_bit(base, public, tmp_path, quantize):
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Notes with their classes, that the coordinator may use."""
+    folder = tiny.write_data(tmp_path_factory.mktemp("labelled"), tiny.make_rows("public", 4))
+    return folder / "train.jsonl"
+
+
+def test_a_class_that_the_plan_does_not_have_is_refused(base, labelled, tmp_path):
+    plan = make_plan(base, task=dataclasses.replace(CLASSES, labels=("heart", "liver")))
+    with pytest.raises(ConfigurationError, match=r"label 'lung': expected one of .* heart, liver"):
+        fallback_job(plan, write_job(tmp_path, base, labelled, stage="classify"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "quantize"), [("sft", "none"), ("sft", "nf4"), ("classify", "none")]
+)
+def test_the_training_goes_on_from_the_adapter_bit_for_bit(
+    base, public, labelled, tmp_path, stage, quantize
+):
     model = dataclasses.replace(make_plan(base).model, quantize=quantize)
-    plan = make_plan(base, model=model)
+    task = CLASSES if stage == "classify" else make_plan(base).task
+    plan = make_plan(base, model=model, task=task)
+    rows = labelled if stage == "classify" else public
+    given = {"stage": stage, "quantize": quantize}
     start, layout = bent(plan), tuned_model(plan).layout
-    still = fallback_job(plan, write_job(tmp_path, base, public, rate=0.0, quantize=quantize))
+    still = fallback_job(plan, write_job(tmp_path, base, rows, rate=0.0, **given))
     assert train_on(plan, still, base, start, tmp_path / "still") == start
-    step = fallback_job(plan, write_job(tmp_path, base, public, quantize=quantize))
+    step = fallback_job(plan, write_job(tmp_path, base, rows, **given))
     end = train_on(plan, step, base, start, tmp_path / "work")
     moved = vector_of(end, layout) - vector_of(start, layout)
     assert np.abs(moved).max() > 1e-3

@@ -14,6 +14,7 @@ from fedward import cli
 from fedward.server.store import Phase
 from fedward.simulations import simulate
 from fedward.simulations.case import freeze_case, load_case
+from fedward.simulations.grid import FIRST_NODE
 from fedward.simulations.second_process import second_process
 from tests.simulations import tiny
 
@@ -345,3 +346,46 @@ def test_data_that_is_not_there(fedward, files):
     code, _, err = fedward("simulate", *files)
     assert code == 1
     assert "nowhere: no such file or folder" in err
+
+
+def test_two_of_four_sites_leave_the_coordinator_trains_and_they_return(
+    fedward, tmp_path, base, monkeypatch
+):
+    """A plan with ``[fallback]`` from files to a report; the training is a process of its own."""
+    notes = tiny.write_data(tmp_path / "public", tiny.make_rows("public", 4))
+    job = tmp_path / "job.toml"
+    job.write_text(f"""
+name = "alone"
+stage = "classify"
+[model]
+path = "{base}"
+[tuner]
+r = 2
+target_modules = ["q_proj"]
+[data]
+train = "{notes / "train.jsonl"}"
+[train]
+max_steps = 4
+per_device_train_batch_size = 4
+learning_rate = 0.05
+max_length = 16
+""")
+    rows = [row for name in "abcd" for row in tiny.make_rows(name, 4)]
+    section = ("[cohort]", f'[fallback]\nafter = 1\njob = "{job}"\n[cohort]')
+    files = make_files(tmp_path, base, ("count = 2", "count = 3"), section, rows=rows)
+
+    def leave(work, node, message):
+        return message.metadata.group_id == "2" and node - FIRST_NODE in (2, 3)
+
+    monkeypatch.setattr(simulate._Work, "_fault", leave)
+    code, out, err = fedward("simulate", *files)
+    assert code == 0, err
+    assert "round 2: trained by the coordinator" in out
+    report = report_of(tmp_path / "out")
+    everybody = ["a", "b", "c", "d"]
+    assert report["cohorts"] == [everybody, [], everybody]
+    coordinator = tmp_path / "out" / "run"
+    ((attempt, alone),) = tiny.facts_of(coordinator, Phase.FALLBACK)
+    (_, first), (_, third) = tiny.facts_of(coordinator, Phase.COMMITTED)
+    assert attempt.round == 2
+    assert len({facts["adapter"] for facts in (first, alone, third)}) == 3

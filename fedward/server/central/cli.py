@@ -40,8 +40,8 @@ def train(
 ) -> None:
     """Train centrally, on data that the coordinator may use.
 
-    A job names a stage (sft, reward, dpo, kto, orpo, grpo, rloo, ppo, distill), a tuner
-    and the data. It may have several steps that start from what earlier ones made.
+    A job names a stage (sft, classify, reward, dpo, kto, orpo, grpo, rloo, ppo, distill),
+    a tuner and the data. It may have several steps that start from what earlier ones made.
     A model's path may be registry:NAME:NUMBER, and what is trained ends in the registry.
     Interrupt at any time and go on with --resume, to the same weights. Start it by
     torchrun to use several GPUs.

@@ -11,11 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedward import __version__
+from fedward.server.central.tracking import LOG
 
 Curve = Sequence[tuple[int, float]]
 """Optimizer step and value, each step once, in order."""
 
-LOG, PICTURE, PAGE = "log.jsonl", "curves.png", "curves.html"
+PICTURE, PAGE = "curves.png", "curves.html"
 
 _EVALUATION = "eval_"
 _NO_CURVES = (

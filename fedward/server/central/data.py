@@ -16,6 +16,7 @@ from fedward.tuning.records import Row, check_column, read_table
 
 COLUMNS: Mapping[Stage, Sequence[tuple[str, ...]]] = {
     "sft": [("messages",), ("prompt", "completion"), ("text",)],
+    "classify": [("messages", "label"), ("prompt", "label"), ("text", "label")],
     "reward": [("prompt", "chosen", "rejected"), ("chosen", "rejected")],
     "dpo": [("prompt", "chosen", "rejected")],
     "orpo": [("prompt", "chosen", "rejected")],
@@ -33,7 +34,8 @@ _TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0"
 def read_dataset(path: Path, step: Step) -> Dataset:
     """Read one file of a step as TRL wants it.
 
-    A column holds text, or messages as a list of {role, content}; ``label`` holds true or false.
+    A column holds text, or messages as a list of {role, content}; ``label`` holds true or false,
+    for ``classify`` a class's name.
 
     Raises:
         DataError: The file cannot be read, lacks a column, or a row holds something else.
@@ -58,9 +60,10 @@ def read_dataset(path: Path, step: Step) -> Dataset:
         wanted[step.reward.column] = step.reward.column
     for column in wanted.values():
         check_column(column, table.columns, path)
+    read = class_or_value if step.stage == "classify" else value_of
     return Dataset.from_list(
         [
-            {name: value_of(row.get(column), name, place) for name, column in wanted.items()}
+            {name: read(row.get(column), name, place) for name, column in wanted.items()}
             for row, place in whole_rows(table.rows, path)
         ]
     )
@@ -119,6 +122,19 @@ def value_of(value: object, column: str, where: str) -> Any:  # noqa: ANN401  # 
     if isinstance(value, str):
         return value
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def class_or_value(value: object, column: str, where: str) -> Any:  # noqa: ANN401  # as below
+    """One field of a classifier's row: as :func:`value_of`, but ``label`` is a class's name.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if column != "label":
+        return value_of(value, column, where)
+    if not isinstance(value, str | int):
+        raise DataError(f"{where}: column 'label' must hold text or a whole number")
+    return str(value)
 
 
 def is_talk(value: object) -> TypeGuard[str | list[Mapping[str, str]]]:

@@ -16,7 +16,7 @@ from fedward import typed_toml
 from fedward.errors import ConfigurationError, InvalidValue, require
 from fedward.plan import Model
 
-Stage = Literal["sft", "reward", "dpo", "kto", "orpo", "grpo", "rloo", "ppo", "distill"]
+Stage = Literal["sft", "classify", "reward", "dpo", "kto", "orpo", "grpo", "rloo", "ppo", "distill"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 REWARDED = ("grpo", "rloo", "ppo")
 """Stages that learn from a reward."""
@@ -150,7 +150,7 @@ class Log:
     to: tuple[Literal["tensorboard", "mlflow"], ...] = ()
 
 
-LIKELIHOODS = ("sft", "reward", "dpo")
+LIKELIHOODS = ("sft", "classify", "reward", "dpo")
 """Stages whose loss is a negative log likelihood, as EWC's Fisher information wants it."""
 
 

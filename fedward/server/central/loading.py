@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +52,7 @@ def device() -> str:
 
 
 def open_base(
-    folder: Path, model: Model, kind: Kind
+    folder: Path, model: Model, kind: Kind, labels: Collection[str] = ()
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a whole model as it shall be trained or used.
 
@@ -59,6 +60,8 @@ def open_base(
         folder: Weights, configuration and tokenizer.
         model: How the base is held; ``path`` is not looked at.
         kind: ``reward`` has a head with one output, new where the folder's is another.
+        labels: The classes of a ``classifier``, whose head is new where the folder's does not know
+            them all; without any it is the folder's.
 
     Raises:
         ModelError: A missing or broken file, weights that do not fit, an adapter.
@@ -75,11 +78,21 @@ def open_base(
             return open_weights(
                 AutoModelForCausalLM, folder, config, model, (), device=device()
             ), tokenizer
-        heads = HEADS if kind == "reward" and config.num_labels != 1 else ()
         if kind == "reward":
+            new = config.num_labels != 1
             config.num_labels = 1
+        else:
+            new = not set(labels) <= set((config.id2label or {}).values())
+            if new:
+                config.id2label = dict(enumerate(labels))
+                config.label2id = {label: number for number, label in enumerate(labels)}
         return open_weights(
-            AutoModelForSequenceClassification, folder, config, model, heads, device=device()
+            AutoModelForSequenceClassification,
+            folder,
+            config,
+            model,
+            HEADS if new else (),
+            device=device(),
         ), tokenizer
 
 
@@ -130,7 +143,7 @@ def _open_adapter(
     model = Model(path=str(base_folder(folder, manifest)), quantize=manifest.quantize)
     plan = _plan(folder)
     base, tokenizer = (
-        open_base(Path(model.path), model, manifest.kind)
+        open_base(Path(model.path), model, manifest.kind, manifest.labels)
         if plan is None
         else load_base(model, plan.task, device=device())
     )

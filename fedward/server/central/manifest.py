@@ -33,6 +33,7 @@ class Manifest:
         base_sha256: The base's digest.
         job: Hex digest of the job's step and its data, or of the plan.
         mergeable: Whether the adapter can be added to the base's weights.
+        labels: A classifier's classes, in the order of its outputs.
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Manifest:
     base_sha256: str
     job: str
     mergeable: bool
+    labels: tuple[str, ...] = ()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -28,7 +28,7 @@ from fedward.server.central.data import file_digest
 from fedward.server.central.job import STEP, Job, Merge, Step
 from fedward.server.central.keeping import measure
 from fedward.server.central.loading import identity, starting_folder
-from fedward.server.central.manifest import Manifest, write_manifest
+from fedward.server.central.manifest import Manifest, read_manifest, write_manifest
 from fedward.server.central.merging import base_of, merge_adapters
 from fedward.server.central.stages import build, kind_of
 from fedward.server.central.tracking import trackers
@@ -125,12 +125,15 @@ def _run(
             done: Report = json.loads(report.read_bytes())
             return done
         base = starting_folder(start, folder / "start")
-    if step.model.sha256 not in (None, fingerprint(base)):
-        raise ModelError(f"{base}: sha256 is {fingerprint(base)}, but the job names another")
+    # A model of gigabytes is not read again: what is no job's is known by its fingerprint.
+    known = base == start and read_manifest(start) is None
+    base_sha256 = made_from["model 0"] if known else fingerprint(base)
+    if step.model.sha256 not in (None, base_sha256):
+        raise ModelError(f"{base}: sha256 is {base_sha256}, but the job names another")
     progress = Progress(console=console)
     began = time.monotonic()
     with progress:
-        watch = _Watch(folder / "log.jsonl", progress, progress.add_task(step.name, total=None))
+        watch = _Watch(progress, progress.add_task(step.name, total=None))
         told = [watch, *trackers(step.log, folder.parent, step.name), *callbacks]
         trainer = build(
             step, base, folder / "checkpoints", judge=judge, teacher=teacher, callbacks=told
@@ -156,7 +159,7 @@ def _run(
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "model": str(folder / "model"),
     }
-    save_trained(trainer, step, base, folder / "model", made_from)
+    save_trained(trainer, step, base, base_sha256, folder / "model", made_from)
     if trainer.is_world_process_zero():
         report.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return written
@@ -255,6 +258,7 @@ def save_trained(
     trainer: Any,  # noqa: ANN401  # TRL's
     step: Step,
     base: Path,
+    base_sha256: str,
     folder: Path,
     made_from: Mapping[str, str],
 ) -> None:
@@ -264,6 +268,7 @@ def save_trained(
         trainer: TRL's, after training.
         step: What it trained.
         base: The whole model that it started from.
+        base_sha256: Its fingerprint.
         folder: Replaced.
         made_from: Digests of all that decides the model.
     """
@@ -283,13 +288,21 @@ def save_trained(
             method="full" if method.config is None else step.tuner.method,
             quantize=step.model.quantize,
             base=f"../{base.name}" if near else str(base),
-            base_sha256=fingerprint(base),
+            base_sha256=base_sha256,
             job=digest("made from", canonical_json(dict(made_from))).hex(),
             mergeable=method.mergeable,
+            labels=_labels(trainer, step),
         ),
     )
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
+
+
+def _labels(trainer: Any, step: Step) -> tuple[str, ...]:  # noqa: ANN401  # TRL's
+    if kind_of(step) != "classifier":
+        return ()
+    named: Mapping[int, str] = trainer.model.config.id2label
+    return tuple(named[number] for number in sorted(named))
 
 
 def _replace(path: Path, text: str) -> None:
@@ -299,10 +312,10 @@ def _replace(path: Path, text: str) -> None:
 
 
 class _Watch(TrainerCallback):
-    """Shows how far a step is, and keeps what TRL logs as JSON lines."""
+    """Shows how far a step is."""
 
-    def __init__(self, log: Path, progress: Progress, task: TaskID) -> None:
-        self.log, self.progress, self.task = log, progress, task
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress, self.task = progress, task
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401  # theirs
         """Show the steps to come, and those done before a resumption."""
@@ -311,8 +324,3 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401  # theirs
         """Count a step."""
         self.progress.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401  # theirs
-        """Write the log anew, so that a resumed training's has no line twice."""
-        if state.is_world_process_zero:
-            _replace(self.log, "".join(json.dumps(line) + "\n" for line in state.log_history))

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rouge_score.rouge_scorer import RougeScorer
 
 from fedward.errors import ConfigurationError, DataError, InvalidValue
-from fedward.server.central.data import value_of, whole_rows
+from fedward.server.central.data import class_or_value, whole_rows
 from fedward.server.central.inputs import answer_start, closed_ids, last_turn, open_ids, words
 from fedward.server.central.job import Reward
 from fedward.server.central.manifest import Kind
@@ -169,10 +169,6 @@ def _way(asked: Asked, kind: Kind, columns: Sequence[str]) -> tuple[Way, dict[st
 
 
 def _field(value: object, name: str, place: str) -> Any:  # noqa: ANN401  # text, messages, number
-    if name == "label":
-        if not isinstance(value, str | int):
-            raise DataError(f"{place}: column 'label' must hold text or a whole number")
-        return str(value)
     if name == "score":
         try:
             number = float(value)  # type: ignore[arg-type]  # a CSV's numbers are text
@@ -181,7 +177,7 @@ def _field(value: object, name: str, place: str) -> Any:  # noqa: ANN401  # text
         if not math.isfinite(number):
             raise DataError(f"{place}: column 'score' must hold a number")
         return number
-    return value_of(value, name, place)
+    return class_or_value(value, name, place)
 
 
 def score(opened: Opened, rows: Rows, asked: Asked, console: Console) -> Scores:

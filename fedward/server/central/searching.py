@@ -26,11 +26,12 @@ from transformers import TrainerCallback
 from fedward import typed_toml
 from fedward.errors import ConfigurationError, FedwardError, ModelError
 from fedward.local_ray import local_ray
-from fedward.server.central.curves import LOG, read_curves
+from fedward.server.central.curves import read_curves
 from fedward.server.central.data import file_digest
 from fedward.server.central.job import Job, Step
 from fedward.server.central.running import claim, run_job
 from fedward.server.central.space import Key, Search
+from fedward.server.central.tracking import LOG
 from fedward.server.central.validity import check_step
 
 BEST = "best.toml"

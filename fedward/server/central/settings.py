@@ -20,6 +20,7 @@ from fedward.tuning.methods import unknown
 
 CLASSES: Mapping[Stage, str] = {
     "sft": "trl.trainer.sft:SFT",
+    "classify": "fedward.server.central.classify:Classify",
     "reward": "trl.trainer.reward:Reward",
     "dpo": "trl.trainer.dpo:DPO",
     "kto": "trl.trainer.kto:KTO",

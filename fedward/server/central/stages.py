@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForTokenClassification, EarlyStoppingCallback, TrainerCallback
 
-from fedward.errors import ConfigurationError, ModelError
+from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.server.central.checkpoints import exact
 from fedward.server.central.data import read_dataset
 from fedward.server.central.job import REWARDED, Step
@@ -29,7 +29,8 @@ from fedward.tuning.tuners import trainable
 
 def kind_of(step: Step) -> Kind:
     """What a step makes."""
-    return "reward" if step.stage == "reward" else "language"
+    kinds: dict[str, Kind] = {"reward": "reward", "classify": "classifier"}
+    return kinds.get(step.stage, "language")
 
 
 def build(
@@ -66,12 +67,15 @@ def build(
     if args.eval_strategy != "no" and "evaluation" not in others:
         raise ConfigurationError("[train] eval_strategy needs [data] evaluation")
     steps = args.max_steps if args.max_steps > 0 else None
-    task = TaskType.SEQ_CLS if step.stage == "reward" else TaskType.CAUSAL_LM
+    kind = kind_of(step)
+    task = TaskType.CAUSAL_LM if kind == "language" else TaskType.SEQ_CLS
     config = peft_config(step.tuner.method, step.tuner.arguments, task, steps=steps)
     watching = [*callbacks, *_own_callbacks(step)]
     transformers.set_seed(step.seed)
     model: Any
-    model, tokenizer = open_base(start, step.model, kind_of(step)) if tuned is None else tuned
+    model, tokenizer = (
+        open_base(start, step.model, kind, _labels(step, train)) if tuned is None else tuned
+    )
     given = _extra(step, start, judge, teacher)
     if tuned is not None:
         config = None
@@ -121,6 +125,16 @@ def _rows(step: Step) -> tuple[Dataset, DatasetDict]:
         if path is not None:
             found[name] = read_dataset(Path(path), step)
     return train, found
+
+
+def _labels(step: Step, train: Dataset) -> list[str]:
+    """The classes that are learned, sorted."""
+    if step.stage != "classify":
+        return []
+    found = sorted(set(train["label"]))
+    if len(found) < 2:
+        raise DataError(f"{step.data.train}: expected two labels or more, got {', '.join(found)}")
+    return found
 
 
 def _own_callbacks(step: Step) -> list[TrainerCallback]:

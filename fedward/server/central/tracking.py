@@ -1,9 +1,10 @@
-"""What a trainer logs, also shown by TensorBoard or MLflow where a job asks for it.
+"""What a trainer logs: JSON lines, also shown by TensorBoard or MLflow where a job asks for it.
 
-Both write into the job's folder and reach nobody. A resumed training begins its run anew with what
+All write into the job's folder and reach nobody. A resumed training begins its run anew with what
 its checkpoint remembers, so that no point stands there twice.
 """
 
+import json
 import math
 import shutil
 from abc import ABC, abstractmethod
@@ -17,11 +18,14 @@ from transformers import TrainerCallback
 from fedward.errors import ConfigurationError
 from fedward.server.central.job import Log
 
+LOG = "log.jsonl"
+"""A line for each time that a trainer logs."""
+
 _NEEDS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
 
 
 def trackers(log: Log, folder: Path, run: str) -> list[TrainerCallback]:
-    """The callbacks that a job's ``[log]`` asks for.
+    """The callbacks that keep a step's log, and those that ``[log]`` asks for.
 
     Args:
         log: Whom to tell.
@@ -35,7 +39,8 @@ def trackers(log: Log, folder: Path, run: str) -> list[TrainerCallback]:
         if find_spec(_NEEDS[name]) is None:
             raise ConfigurationError(f"[log] to: pip install 'fedward[{name}]'")
     kinds = {"tensorboard": _Tensorboard, "mlflow": _Mlflow}
-    return [kinds[name](folder, run) for name in dict.fromkeys(log.to)]
+    asked = [kinds[name] for name in dict.fromkeys(log.to)]
+    return [kind(folder, run) for kind in (_Lines, *asked)]
 
 
 def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -69,6 +74,18 @@ class _Tracker(TrainerCallback, ABC):
         """Add the line that was just logged."""
         if state.is_world_process_zero:
             self.write(state.log_history[-1])
+
+
+class _Lines(_Tracker):
+    """``log.jsonl`` in the step's folder."""
+
+    def begin(self) -> None:
+        self.path = self.folder / self.run / LOG
+        self.path.write_text("", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class _Tensorboard(_Tracker):

@@ -50,7 +50,8 @@ def check_step(step: Step) -> None:
 
 def tuners_table() -> str:
     """The tuners and over which bases each is valid, as Markdown, as `fedward train --tuners`."""
-    lines = ["tuner | what it trains | " + " | ".join(STAGES), " | ".join(["---"] * 11)]
+    heads = ["tuner", "what it trains", *STAGES]
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
     for name, method in METHODS.items():
         cells = [_cell(stage, name) for stage in STAGES]
         source = f" ({method.source})" if method.source else ""

@@ -18,6 +18,7 @@ from fedward.tuning.small import build_llama, build_tokenizer
 WORDS = ("cough", "fever", "rash", "pain")
 ROWS: Mapping[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": f"sign {w}", "completion": f" is {w}"} for w in WORDS],
+    "classify": [{"text": f"sign {w}", "label": w} for w in WORDS],
     "reward": [{"prompt": f"sign {w}", "chosen": f" {w}", "rejected": " none"} for w in WORDS],
     "kto": [
         {"prompt": f"sign {w}", "completion": f" {a}", "label": a == w}

@@ -26,6 +26,7 @@ from fedward.server.central.manifest import MANIFEST, read_manifest
 from fedward.server.central.predicting import predict
 from fedward.server.central.running import save_trained
 from fedward.server.central.stages import build
+from fedward.tuning.models import fingerprint
 from tests.server.central.rig import ROWS, build_base, make_step, run, write_rows
 
 QUIET = Console(file=io.StringIO())
@@ -272,7 +273,7 @@ class TestNothingPhonesHome:
         step = make_step(base, folder, "sft", train={"max_steps": 1})
         trainer = build(step, base, folder / "checkpoints")
         trainer.train()
-        save_trained(trainer, step, base, folder / "model", {})
+        save_trained(trainer, step, base, fingerprint(base), folder / "model", {})
         time.sleep(0.2)  # the question is asked in a thread
         return asked
 

@@ -14,15 +14,18 @@ from fedward.server.central.checkpoints import training_state
 from fedward.server.central.job import REWARDED, STAGES, Reward
 from fedward.server.central.loading import open_trained
 from fedward.server.central.running import save_trained
-from fedward.server.central.stages import build
+from fedward.server.central.stages import build, kind_of
 from fedward.server.central.validity import BASES, refusal
 from fedward.tuning.methods import METHODS
+from fedward.tuning.models import fingerprint
 from fedward.tuning.tuners import trainable
 from tests.server.central.rig import build_base, build_experts, make_step
 
 SAMPLE = [
     ("sft", "lora", "none"),
     ("sft", "full", "none"),
+    ("classify", "full", "none"),
+    ("classify", "lora", "nf4"),
     ("reward", "p-tuning", "none"),
     ("dpo", "dora", "nf4"),
     ("kto", "adalora", "none"),
@@ -85,10 +88,10 @@ def check_cell(base: Path, folder: Path, stage: str, method: str, quantize: str)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     # Without the wrapper that computes in bfloat16.
     expected = logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
-    save_trained(trainer, step, base, folder / "model", {})
+    save_trained(trainer, step, base, fingerprint(base), folder / "model", {})
     assert not (folder / "model" / "training_args.bin").exists()
     reloaded, _, kind = open_trained(folder / "model")
-    assert kind == ("reward" if stage == "reward" else "language")
+    assert kind == kind_of(step)
     torch.testing.assert_close(logits(reloaded), expected, atol=1e-5, rtol=0)
 
     resumed = new()
