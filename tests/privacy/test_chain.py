@@ -53,6 +53,18 @@ def test_entries_come_back_in_order(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_chain_that_forgets_holds_no_entries_and_the_same_file(tmp_path):
+    path = tmp_path / "chain"
+    written(path)
+    with opened(path) as chain:
+        chain.forget()
+        chain.append({"n": 4})
+        assert (chain.entries, chain.head[0]) == ([], 4)
+        assert chain.line(4) == chain.head[1]
+    with opened(path) as chain:
+        assert chain.entries == [*ENTRIES, {"n": 4}]
+
+
 def test_heads_of_equal_entries_differ(tmp_path):
     # The salt: whoever guesses an entry cannot confirm it by the head that leaves the site.
     written(tmp_path / "one")

@@ -1,5 +1,6 @@
 """What is looked at while a run of the laboratory goes on, because later it would be too late."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ from fedward.messages import open_letter
 from fedward.plan import Plan
 from fedward.privacy.ledger import read_books
 from fedward.server.runs import RunBook, RunState
-from fedward.server.store import Event, Phase, RunStore
+from fedward.server.store import BEGINNING, Event, Phase, RunStore
 from fedward.simulations.faults import ground
 from fedward.simulations.faults.clock import VirtualClock
 from fedward.simulations.faults.history import History, Left
@@ -25,6 +26,10 @@ from fedward.simulations.faults.hospital import Hospital
 
 CANARY = "CANARY-Mrs-Jane-Roe"
 """What a patient's record says; it must never be outside of its site, nor in any log."""
+
+
+Committed = tuple[Attempt, Mapping[str, Any]]
+"""A committed round: its attempt and the facts of its event."""
 
 
 class Watch:
@@ -48,7 +53,8 @@ class Watch:
     ) -> None:
         self._history, self._clock = history, clock
         self._coordinator, self._sites, self._plan = coordinator, sites, plan
-        self._committed = list[tuple[Attempt, Mapping[str, Any]]]()
+        self._committed, self._mark = list[Committed](), BEGINNING
+        self._looked = 0
         self.logs = _Logs(history)
         """Takes every line of the log."""
 
@@ -92,18 +98,16 @@ class Watch:
             self._history.wrong.append(("I8", words))
 
     def look_at_store(self) -> None:
-        """Every committed round is whole, and none that was ever seen has gone."""
+        """Every committed round is whole, and nothing that was ever seen has gone."""
         try:
             committed = self.committed()
-            for _, facts in committed:
+            for _, facts in committed[self._looked :]:
                 self.blob(facts["adapter"])
                 self.blob(facts["sum"])
         except FedwardError as error:
             self._history.wrong.append(("I4", f"the coordinator's store: {error}"))
             return
-        if committed[: len(self._committed)] != self._committed:
-            self._history.wrong.append(("I4", "a committed round is gone or another"))
-        self._committed = committed
+        self._looked = len(committed)
 
     def events(self) -> list[Event]:
         """The coordinator's events of the run.
@@ -111,24 +115,25 @@ class Watch:
         Raises:
             RoundError: The chain is broken.
         """
-        store = RunStore(self._coordinator)
-        try:
+        with contextlib.closing(RunStore(self._coordinator)) as store:
             return store.events(ground.RUN)
-        finally:
-            store.close()
 
-    def committed(self) -> list[tuple[Attempt, Mapping[str, Any]]]:
-        """The committed rounds, in order, with their facts."""
-        found = [e for e in self.events() if e.phase is Phase.COMMITTED]
-        return [(e.attempt, json.loads(e.payload)) for e in found]
+    def committed(self) -> list[Committed]:
+        """The committed rounds, in order, with their facts.
+
+        Raises:
+            RoundError: The chain is broken, or what was seen of it before is gone.
+        """
+        with contextlib.closing(RunStore(self._coordinator)) as store:
+            new, self._mark = store.events_after(ground.RUN, self._mark)
+        found = [event for event in new if event.phase is Phase.COMMITTED]
+        self._committed += [(event.attempt, json.loads(event.payload)) for event in found]
+        return list(self._committed)
 
     def anchors(self) -> dict[bytes, tuple[int, str]]:
         """The newest line of each ledger that the coordinator has seen, by the site's key."""
-        store = RunStore(self._coordinator)
-        try:
+        with contextlib.closing(RunStore(self._coordinator)) as store:
             return store.ledger_lines()
-        finally:
-            store.close()
 
     def blob(self, name: str) -> bytes:
         """A blob of the coordinator's.
@@ -136,11 +141,8 @@ class Watch:
         Raises:
             RoundError: It is missing or damaged.
         """
-        store = RunStore(self._coordinator)
-        try:
+        with contextlib.closing(RunStore(self._coordinator)) as store:
             return store.blob(name)
-        finally:
-            store.close()
 
     def run_state(self) -> RunState:
         """Where the run stands in the coordinator's book."""

@@ -147,12 +147,12 @@ class World:
                 ended = False
                 self.say(f"coordinator: the process ends ({type(error).__name__}: {error})")
             self.network.forget()
-        self.watch.look_at_store()
         if ended:
             self.history.ended = self.clock.monotonic()
             self.say(f"coordinator: the run has ended ({self.watch.run_state()})")
         else:
             self.clock.sleep(down)
+        self.watch.look_at_store()
         return ended
 
     def close(self) -> None:
