@@ -7,7 +7,6 @@ counts, epsilon, delta) is a public constant here and is never derived from a si
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,17 +20,10 @@ from fedward.plan_gate import Gate
 from fedward.plan_task import Data as Data
 from fedward.plan_task import Split as Split
 from fedward.plan_task import Task as Task
+from fedward.plan_tuner import LORA
+from fedward.plan_tuner import Tuner as Tuner
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
-
-
-def _is_plain(value: object) -> bool:
-    """Whether JSON carries a value and gives it back equal: no dates, sets, tuples or NaN."""
-    if isinstance(value, list):
-        return all(_is_plain(item) for item in value)
-    if isinstance(value, dict):
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    return value is None or (isinstance(value, bool | int | float | str) and value == value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,38 +51,6 @@ class Model:
         if self.sha256 is not None:
             holds = re.fullmatch("[0-9a-f]{64}", self.sha256) is not None
             require(holds, "sha256", self.sha256, "64 lower-case hex digits")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuner:
-    """``[tuner]``: the PEFT method; those of its keys that are safe at a site, unrenamed.
-
-    Args:
-        method: ``lora`` (QLoRA is ``lora`` over a quantized base).
-        arguments: The keys of ``peft.LoraConfig``, for example ``r`` and ``target_modules``.
-        ranks: Site name to the rank that it trains, 1 to ``r``: the first components of the
-            adapter. Whoever is not named trains all. With scheme ``sketch`` only.
-    """
-
-    method: Literal["lora"] = "lora"
-    ranks: Mapping[str, int] | None = field(
-        default=None, hash=False, metadata={typed_toml.LATER: True}
-    )
-    arguments: Mapping[str, Any] = field(
-        default_factory=dict, hash=False, metadata={typed_toml.REST: True}
-    )
-
-    def __post_init__(self) -> None:
-        """Check every limit."""
-        for key, value in self.arguments.items():
-            require(key != "method", "arguments", key, "a key of PEFT")
-            require(_is_plain(value), key, value, "text, numbers, true, false, or lists of them")
-        if self.ranks is not None:
-            most = self.arguments.get("r", 8)  # PEFT's default
-            one = type(most) is int and not self.arguments.get("rank_pattern")
-            require(one, "ranks", dict(self.ranks), "one r for all layers, without rank_pattern")
-            for name, rank in self.ranks.items():
-                require(1 <= rank <= most, f"ranks.{name}", rank, f"1 to r = {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +206,10 @@ class Plan:
         if data.split is not None:
             allowed = f"at least [cohort] minimum = {minimum}"
             require(data.split.sites >= minimum, "sites", data.split.sites, allowed)
-        scheme = self.aggregation.scheme
+        scheme, method = self.aggregation.scheme, self.tuner.method
+        pairs = scheme == "fedavg" or method in LORA
+        allowed = f"'fedavg' with {method!r}, which is no product of A and B"
+        require(pairs, "scheme", scheme, allowed)
         alike = self.tuner.ranks is None or scheme == "sketch"
         # A and B of other ranks have no mean, but their products do.
         require(alike, "ranks", self.tuner.ranks, f"none with {scheme!r}: only 'sketch' mixes them")
@@ -283,6 +246,8 @@ class Plan:
             # Far from where float32 ends, with any clip and any number of units.
             (1e-9 <= ratio <= 1e9, "learning_rate / normaliser", ratio, "1e-9 to 1e9"),
             # Whoever has added a share of the noise can take it away again.
+            # The step is taken on the sum, at one rate for all.
+            (self.tuner.method != "lora+", "method", self.tuner.method, "another than 'lora+'"),
             (self.cohort.colluders >= 1, "colluders", self.cohort.colluders, "1 or more"),
             (scheme in {"fedavg", "ffa"}, "scheme", scheme, "'fedavg' or 'ffa'"),
             (aggregation.word_bits == 32, "word_bits", aggregation.word_bits, "32"),

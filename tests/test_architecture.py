@@ -26,6 +26,7 @@ LEAVES = {
     "plan_aggregation",
     "plan_fallback",
     "plan_task",
+    "plan_tuner",
     "private_files",
     "typed_toml",
 }

@@ -29,7 +29,7 @@ from fedward.tuning.metrics import evaluate
 from fedward.tuning.objectives import Encoded, collate, encode, loss_per_example
 from fedward.tuning.records import Records, merge, select
 from fedward.tuning.tuned import Tuned, tuned_model, with_reference
-from fedward.tuning.tuners import trainable, training_only
+from fedward.tuning.tuners import rates, trainable, training_only
 
 _LOG = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def train_model(
 
     parameters = list(trainable(model).values())
     kind = torch.optim.AdamW if plan.rounds.optimizer == "adamw" else torch.optim.SGD
-    optimizer = kind(parameters, lr=plan.rounds.learning_rate, weight_decay=0.0)
+    optimizer = kind(rates(model, plan), weight_decay=0.0)
     if before_step is not None:
         call = before_step
         optimizer.register_step_pre_hook(lambda *_: call(parameters))

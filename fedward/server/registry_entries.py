@@ -11,6 +11,7 @@ from typing import Any
 from fedward.canonical import digest
 from fedward.errors import ConfigurationError, ModelError, RoundError
 from fedward.plan import Plan
+from fedward.plan_tuner import UNMERGEABLE
 from fedward.server.central.job import Step
 from fedward.server.central.manifest import (
     ADAPTER,
@@ -83,7 +84,7 @@ def add_run(
             base=f"{BASES}/{base_sha256}",
             base_sha256=base_sha256,
             job=plan.hash().hex(),
-            mergeable=True,
+            mergeable=plan.tuner.method not in UNMERGEABLE,
         )
         write_manifest(folder, manifest)
 

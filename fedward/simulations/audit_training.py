@@ -23,7 +23,7 @@ from fedward.privacy.optimizer import Mechanism
 from fedward.privacy.training import train_steps
 from fedward.simulations.audit_rig import Rig, random_examples
 from fedward.tuning.objectives import Encoded, collate, loss_per_example
-from fedward.tuning.tuners import trainable
+from fedward.tuning.tuners import rates, trainable
 
 _BATCH = 64
 _MOST_NUMBERS = 2**28  # 1 GiB of canary gradients
@@ -86,8 +86,7 @@ def audit_training(
 
 def _optimizer(rig: Rig) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if rig.plan.rounds.optimizer == "adamw" else torch.optim.SGD
-    parameters = list(trainable(rig.model).values())
-    return kind(parameters, lr=rig.plan.rounds.learning_rate, weight_decay=0.0)
+    return kind(rates(rig.model, rig.plan), weight_decay=0.0)
 
 
 def _loss(encoded: Encoded) -> Callable[..., Tensor]:

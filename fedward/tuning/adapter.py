@@ -24,6 +24,9 @@ State = dict[str, Tensor]
 _ADDED = (".lora_", ".modules_to_save.")
 """Parts of a name that PEFT gives to what it adds to a model."""
 
+_SHARED = (".vera_A.", ".vera_B.")
+"""The same of what it adds as buffers: frozen, and to be the same at every site."""
+
 
 def adapter_state(model: nn.Module) -> State:
     """A copy of the adapter's whole state, sorted by name."""
@@ -117,9 +120,12 @@ def from_bytes(data: bytes) -> State:
     return {name: state[name] for name in sorted(state) if not name.startswith(MOMENT)}
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Parameter]:
-    added = trainable(model)
+def _parts(model: nn.Module) -> State:
+    added: State = dict(trainable(model))
     for name, parameter in model.named_parameters():
         if any(part in name for part in _ADDED):
             added[name] = parameter
+    for name, buffer in model.named_buffers():
+        if any(part in f"{name}." for part in _SHARED):
+            added[name] = buffer
     return dict(sorted(added.items()))

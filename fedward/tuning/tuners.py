@@ -8,16 +8,24 @@ import contextlib
 import copy
 import math
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from fedward.canonical import digest
 from fedward.errors import ConfigurationError, InvalidValue
 from fedward.plan import Plan
-from fedward.tuning.methods import FOLLOWS, peft_config, unknown, without_peft_noise
+from fedward.tuning.methods import (
+    FOLLOWS,
+    LORAPLUS,
+    METHODS,
+    peft_config,
+    unknown,
+    without_peft_noise,
+)
 from fedward.tuning.models import public_uniform
 
 _OURS = (
@@ -26,34 +34,84 @@ _OURS = (
 )
 """Fields of PEFT that follow from the rest of the plan."""
 
-_KEYS = (
+_PLACES = ("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules")
+_LORA = (
+    *_PLACES,
     "alpha_pattern",
     "bias",
     "ensure_weight_tying",
-    "exclude_modules",
     "fan_in_fan_out",
-    "layers_pattern",
-    "layers_to_transform",
     "lora_alpha",
     "lora_bias",
     "lora_dropout",
     "modules_to_save",
     "r",
     "rank_pattern",
-    "target_modules",
     "target_parameters",
     "trainable_token_indices",
     "use_dora",
     "use_rslora",
 )
-"""What a plan may say to PEFT. A closed list: of the others some read files or data, some draw from
+_BOTTLENECK = (*_PLACES, "lora_alpha", "lora_dropout", "modules_to_save", "r")
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "lora": _LORA,
+    "rslora": tuple(key for key in _LORA if key != "use_rslora"),
+    "dora": tuple(key for key in _LORA if key != "use_dora"),
+    "lora+": (*_LORA, LORAPLUS),
+    "houlsby": _BOTTLENECK,
+    "pfeiffer": _BOTTLENECK,
+    "ia3": (
+        "exclude_modules",
+        "fan_in_fan_out",
+        "feedforward_modules",
+        "modules_to_save",
+        "target_modules",
+    ),
+    "vera": (
+        *_PLACES[1:],
+        "bias",
+        "d_initial",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "r",
+        "vera_dropout",
+    ),
+    "oft": (
+        *_PLACES,
+        "bias",
+        "block_share",
+        "coft",
+        "eps",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "module_dropout",
+        "num_cayley_neumann_terms",
+        "oft_block_size",
+        "use_cayley_neumann",
+    ),
+    "bitfit": ("modules_to_save", "target_modules"),
+    "prompt": ("num_virtual_tokens",),
+    "prefix": ("encoder_hidden_size", "num_virtual_tokens", "prefix_projection"),
+    "p-tuning": ("encoder_hidden_size", "num_virtual_tokens"),
+}
+"""What a plan may say to PEFT. Closed lists: of other keys some read files or data, some draw from
 torch's generator, some copy layers without end, and one names a module to import."""
 
-_MOST_RANK = 1024
+_DROPOUTS = ("lora_dropout", "module_dropout", "vera_dropout")
+_SIZES = (
+    "encoder_hidden_size",
+    "num_cayley_neumann_terms",
+    "num_virtual_tokens",
+    "oft_block_size",
+)
+_MOST_RANK, _MOST_SIZE, _MOST_RATIO = 1024, 65536, 1000
 
 
 def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
     """Wrap a base, already on its device, in the plan's tuner at its start.
+
+    The start is a public function of the plan. It computes what the base does, but for the methods
+    that put vectors before the input.
 
     LoRA's A is uniform in ±1/√n as in PEFT, B is zero, so that the start computes what the base
     does. Under ``ffa`` and ``alternating`` A has orthonormal rows (A·Aᵀ = I by QR); under ``ffa``
@@ -72,8 +130,16 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
             have, trainable embeddings or output layers, or a rank above a layer's width.
     """
     configuration, outer = _configuration(plan), _outer_layers(base)
+    if plan.tuner.method in {"prompt", "p-tuning"} and "score" in dict(base.named_children()):
+        # Beside vectors they see no token, so that a row's end would be that of the batch.
+        raise ConfigurationError(
+            f"[tuner] {plan.tuner.method!r} with 'classify' needs an encoder like BERT: what "
+            "classifies by an example's last token does not find it behind vectors; use 'prefix'"
+        )
     try:
-        with without_peft_noise():
+        # PEFT draws some starts from torch's generator: all sites draw the same numbers.
+        with without_peft_noise(), torch.random.fork_rng():
+            torch.manual_seed(int.from_bytes(digest("tuner", plan.seed.to_bytes(4, "big"))[:4]))
             if plan.model.gradient_checkpointing:
                 base.activation_checkpointing_enable({"use_reentrant": False})
             model = get_peft_model(base, configuration)
@@ -105,17 +171,23 @@ def training_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _configuration(plan: Plan) -> LoraConfig:
+def _configuration(plan: Plan) -> PeftConfig:
+    method = plan.tuner.method
     given = copy.deepcopy(dict(plan.tuner.arguments))  # PEFT adds heads to our modules_to_save
     for key in given:
         if key in _OURS:
             raise ConfigurationError(f"[tuner] {key!r} follows from the plan: leave it out")
-        if key not in _KEYS:
-            raise ConfigurationError(f"[tuner] {unknown('key', key, _KEYS)}")
+        if key not in _KEYS[method]:
+            raise ConfigurationError(f"[tuner] {unknown('key', key, _KEYS[method])}")
     _check_values(given, plan)
+    if method == "vera":
+        given["projection_prng_key"] = plan.seed
     classify = plan.task.objective == "classify"
     task = TaskType.SEQ_CLS if classify else TaskType.CAUSAL_LM
-    return cast("LoraConfig", peft_config(plan.tuner.method, given, task))
+    config = peft_config(method, given, task)
+    if config is None:
+        raise ConfigurationError(f"[tuner] {method!r} is not trained at sites")
+    return config
 
 
 def _check_values(given: Mapping[str, Any], plan: Plan) -> None:
@@ -126,9 +198,16 @@ def _check_values(given: Mapping[str, Any], plan: Plan) -> None:
     for key, rank in {"r": given.get("r", 8), **pattern}.items():
         if type(rank) is not int or not 1 <= rank <= _MOST_RANK:
             raise InvalidValue(f"[tuner] {key}", rank, f"1 to {_MOST_RANK}")
-    if plan.privacy.enabled and given.get("lora_dropout"):
-        # Its masks would come from torch's generator, which keeps 32 bits of its seed.
-        raise InvalidValue("[tuner] lora_dropout", given["lora_dropout"], "0 under privacy")
+    for key in _SIZES:
+        if key in given and not (type(given[key]) is int and 1 <= given[key] <= _MOST_SIZE):
+            raise InvalidValue(f"[tuner] {key}", given[key], f"1 to {_MOST_SIZE}")
+    ratio = given.get(LORAPLUS, 1)
+    if type(ratio) not in (int, float) or not 1 <= ratio <= _MOST_RATIO:
+        raise InvalidValue(f"[tuner] {LORAPLUS}", ratio, f"1 to {_MOST_RATIO}")
+    for key in _DROPOUTS:
+        if plan.privacy.enabled and given.get(key):
+            # Its masks would come from torch's generator, which keeps 32 bits of its seed.
+            raise InvalidValue(f"[tuner] {key}", given[key], "0 under privacy")
 
 
 def _outer_layers(base: PreTrainedModel) -> tuple[str, ...]:
@@ -154,6 +233,22 @@ def _refuse_shared(model: nn.Module, outer: tuple[str, ...]) -> None:
                 "frozen; name other layers in target_modules and modules_to_save"
             )
         seen.add(id(parameter))
+
+
+def rates(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
+    """The trainable parameters with the local optimizer's rate of each, as torch takes them.
+
+    ``lora+`` moves B by a multiple of the plan's rate (Hayou et al. 2024, arXiv 2402.12354).
+    """
+    rate = plan.rounds.learning_rate
+    faster, others = list[nn.Parameter](), list[nn.Parameter]()
+    for name, parameter in trainable(model).items():
+        (faster if ".lora_B." in name else others).append(parameter)
+    if plan.tuner.method != "lora+":
+        return [{"params": list(trainable(model).values()), "lr": rate}]
+    ratio = {**METHODS["lora+"].usual, **plan.tuner.arguments}[LORAPLUS]
+    groups = [{"params": others, "lr": rate}, {"params": faster, "lr": rate * ratio}]
+    return [group for group in groups if group["params"]]
 
 
 def _start(parameter: nn.Parameter, name: str, plan: Plan) -> None:

@@ -17,6 +17,10 @@ def test_the_page_has_every_cell(page):
     assert named == [(t, o) for t in matrix.TUNERS for o in matrix.OBJECTIVES]
 
 
+def test_the_page_says_of_every_method_whether_sites_train_it(page):
+    assert matrix.methods_table() in page
+
+
 @pytest.mark.slow
 def test_every_cell_is_as_the_page_says(page):
     assert matrix.table(matrix.run()) in page
