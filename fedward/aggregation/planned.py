@@ -45,6 +45,9 @@ def planned_session(
     aggregation, metrics = plan.aggregation, plan.metrics
     if plan.cohort.minimum > sites:
         raise InvalidValue("minimum", plan.cohort.minimum, f"at most the {sites} sites there are")
+    unknown = set(plan.tuner.ranks or ()) - {member.name for member in roster.members}
+    if unknown:
+        raise InvalidValue("ranks", sorted(unknown), "names of sites in the roster")
     noise = noise_share(plan, dimension) if plan.mode == "pooled" else 0.0
     names = METRIC_SLOTS if metrics and not cohort else ()
     return SessionParameters(

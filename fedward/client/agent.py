@@ -37,6 +37,7 @@ from fedward.client.last_round import (
     read_fallback,
 )
 from fedward.client.memory import SiteMemory
+from fedward.client.narrow import narrowed, own_rank, widened
 from fedward.client.policy import Policy
 from fedward.client.training import Trainer, TrainRequest, TrainResult
 from fedward.errors import (
@@ -239,8 +240,10 @@ class Agent:
             adapter=without_moments(adapter),
             layout=layout,
         )
+        rank = own_rank(plan, self._roster.member(self._site).name)
+        asked = narrowed(request, rank)
         # Before anything is as large as the layout says, and the ledger commits a run to this plan.
-        self._trainer.prepare(request)
+        self._trainer.prepare(asked)
         failpoints.hit("agent.prepared")
         expected = planned_session(
             plan,
@@ -262,7 +265,7 @@ class Agent:
         self._note("reserved", reservation_facts(plan, attempt, self._policy, approval))
         self._ledger.reserve(attempt, journal=self._journal.head if self._journal else None)
         failpoints.hit("agent.reserved")
-        result = self._held(request) or self._trainer.train(request)
+        result = self._held(request) or widened(self._trainer.train(asked), request, rank)
         failpoints.hit("agent.trained")
         session = self._session(expected)
         self._work = _Work(request=request, result=result, expected=expected, session=session)

@@ -16,9 +16,10 @@ from fedward.aggregation.rules import Rule, masked_bytes
 from fedward.aggregation.transcript import second_task_hash
 from fedward.attempt import Attempt
 from fedward.canonical import digest
-from fedward.errors import CohortTooSmall, ProtocolError, RoundError
+from fedward.client.narrow import widened
+from fedward.errors import CohortTooSmall, InvalidValue, ProtocolError, RoundError
 from fedward.messages import MESSAGE_TYPES
-from fedward.plan import Plan
+from fedward.plan import Plan, Tuner
 from fedward.plan_aggregation import Aggregation
 from fedward.server.rounds import RoundEngine
 from fedward.server.store import Phase
@@ -222,6 +223,70 @@ def paid_before(parameters: SessionParameters) -> Attempt:
     """Of a second pass the first one's reservation, whatever its cohort."""
     attempt = parameters.attempt
     return dataclasses.replace(attempt, session=(attempt.session - 1) | 1)
+
+
+MIXED = {"a": 1, "b": 2}  # of 3; the third site trains all
+
+
+def test_sites_of_other_ranks_are_in_one_mean(tmp_path, base):
+    """Who trains fewer components has moved by zero in the others: whole products have a mean."""
+    arguments = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    plan = tiny.make_plan(
+        base,
+        aggregation=SKETCH,
+        rounds=dataclasses.replace(ROUNDS, count=3),
+        tuner=Tuner(arguments=arguments, ranks=MIXED),
+    )
+    trainers = tiny.recorders(tiny.make_sites(3))
+    federation = tiny.make_federation(tmp_path, plan, trainers)
+    federation.run()
+    assert tiny.cohorts(tmp_path) == [[0, 1, 2]] * 3
+    before, layout = tuned_model(plan).start, tuned_model(plan).layout
+    for number, (_, facts) in enumerate(tiny.facts_of(tmp_path, Phase.COMMITTED)):
+        after, updates = tiny.blob(tmp_path, facts["adapter"]), []
+        for name, trainer in trainers.items():
+            asked, rank = trainer.requests[number], MIXED.get(name)
+            assert asked.plan.tuner.arguments["r"] == (rank or 3)
+            scale = asked.plan.tuner.arguments["lora_alpha"] / (rank or 3)
+            assert scale == pytest.approx(2.0), "one factor before every product"
+            whole = dataclasses.replace(asked, plan=plan, layout=layout)
+            updates.append(widened(trainer.results[number], whole, rank).update)
+        for name, rank in MIXED.items():
+            mine, theirs = vector_of(before, layout), trainers[name].requests[number]
+            for pair, part in zip(split(layout)[0], split(theirs.layout)[0], strict=True):
+                (b, a), own = pair.factors(mine), vector_of(theirs.adapter, theirs.layout)
+                assert np.array_equal(part.factors(own)[0], b[:, :rank])
+                assert np.array_equal(part.factors(own)[1], a[:rank])
+                assert not pair.factors(updates[MIXED[name] - 1])[0][:, rank:].any()
+        new, apart = product_error(plan, before, after, updates)
+        assert new < 1e-4 < 1e-3 < apart, "control: padded factors averaged apart"
+        before = after
+
+
+def test_ranks_of_unknown_sites_are_refused(tmp_path, base):
+    tuner = Tuner(arguments={"r": 2, "target_modules": ["q_proj"]}, ranks={"A": 1})
+    plan = tiny.make_plan(base, aggregation=SKETCH, rounds=ROUNDS, tuner=tuner)
+    federation = tiny.make_federation(tmp_path, plan, tiny.recorders(tiny.make_sites(3)))
+    with pytest.raises(InvalidValue, match=r"ranks = \['A'\]: expected names of sites"):
+        federation.run()
+
+
+@pytest.mark.parametrize(
+    ("tuner", "scheme", "reason"),
+    [
+        ({"ranks": {"a": 4}}, "fedavg", "ranks.*none with 'fedavg': only 'sketch' mixes them"),
+        ({"ranks": {"a": 9}}, "sketch", r"ranks\.a = 9: expected 1 to r = 8"),
+        ({"ranks": {"a": 0}}, "sketch", r"ranks\.a = 0: expected 1 to r = 8"),
+        (
+            {"ranks": {"a": 4}, "arguments": {"rank_pattern": {"q": 2}}},
+            "sketch",
+            "one r for all layers",
+        ),
+    ],
+)
+def test_ranks_that_no_plan_can_have(base, tuner, scheme, reason):
+    with pytest.raises(InvalidValue, match=reason):
+        tiny.make_plan(base, aggregation=Aggregation(scheme=scheme), tuner=Tuner(**tuner))
 
 
 def test_no_spare_round_ends_the_run_and_keeps_the_old_adapter(tmp_path, base):
