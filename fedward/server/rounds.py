@@ -308,13 +308,22 @@ class RoundEngine:
                 f"round {attempt.round}: {len(ready)} of {len(todo)} sites are ready, "
                 f"{minimum} are needed ({reasons})"
             )
-            hope = {s for s, why in refused.items() if why in {SILENT, SiteCode.REFUSED_STALE}}
+            stale = {s for s, why in refused.items() if why == SiteCode.REFUSED_STALE}
+            if len(stale) >= minimum:
+                message += _BEHIND
+            hope = stale | {s for s, why in refused.items() if why == SILENT}
             hope |= state.holders & refused.keys()  # they may have lacked the adapter
             raise (CohortTooSmall if len(ready) + len(hope) >= minimum else _NoHope)(message)
         return sorted(ready)
 
     def _name(self, site: int) -> str:
         return self._roster.member(site).name
+
+
+_BEHIND = (
+    ". They have taken part in a later round than this coordinator knows of, as after its disk was "
+    "restored: bring back the newest copy of its folder, or abort this run and start another"
+)
 
 
 class _NoHope(CohortTooSmall):

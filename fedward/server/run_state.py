@@ -132,8 +132,3 @@ class Fold:
         self._committed, self._adapter, self._sums = event.attempt.round, adapter, sums
         self._session, self._attempts, self._missed, self._holders = 1, 0, 0, holders
         self._refused = 0
-
-
-def fold(store: RunStore, run: str, plan: Plan, start: bytes) -> State:
-    """A run's state by its events, once."""
-    return Fold(store, run, plan, start).state()
