@@ -32,7 +32,7 @@ QUICK = Size(rows=600, test=60, rounds=2, private_rounds=2)
 def wanted(options: argparse.Namespace) -> Sequence[Cell]:
     """The cells that the options name; quick ones are what the two differences of JSON need."""
     if options.quick:
-        ways = {math.inf: {"fedavg", "sketch-once"}, 3.0: {"pooled", "central-noise"}}
+        ways = {math.inf: {"fedavg", "sketch"}, 3.0: {"pooled", "central-noise"}}
         medquad = [cell for cell in grid() if (cell.task, cell.seed) == ("medquad", 0)]
         return [cell for cell in medquad if cell.way in ways.get(cell.epsilon, ())]
     return choose(grid(), options.cells, options.seeds)

@@ -18,7 +18,7 @@ from federation_grid.cells import EXAMPLES, federate
 from reporting import kept_result
 
 from fedward.client.trainer import mechanism
-from fedward.plan import Plan, Privacy, Rounds, load_plan
+from fedward.plan import Plan, Privacy, Rounds, Tuner, load_plan
 from fedward.privacy.pooled import noise_share
 from fedward.private_files import write_private
 from fedward.simulations.case import Case, freeze_case
@@ -28,9 +28,10 @@ from fedward.tuning.records import Records, merge, select
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import dimension
 
-Scheme = Literal["fedavg", "ffa", "alternating", "sketch-once"]
-SCHEMES: tuple[Scheme, ...] = ("fedavg", "ffa", "alternating", "sketch-once")
-WAYS = ("alone", *SCHEMES, "central", "pooled", "central-noise")
+Scheme = Literal["fedavg", "ffa", "alternating", "sketch", "sketch-once"]
+SCHEMES: tuple[Scheme, ...] = ("fedavg", "ffa", "alternating", "sketch", "sketch-once")
+MIXED = "sketch-mixed"
+WAYS = ("alone", *SCHEMES, MIXED, "central", "pooled", "central-noise")
 SEEDS = (0, 1, 2)
 
 
@@ -101,7 +102,8 @@ class Cell:
 
     Args:
         task: One of :data:`TASKS`.
-        way: A scheme; ``pooled`` (the mode); ``alone`` (each site for itself); ``central`` (all
+        way: A scheme; ``sketch-mixed`` (a third of the sites each at rank 4, 8 and 16; the others
+            are at 8); ``pooled`` (the mode); ``alone`` (each site for itself); ``central`` (all
             data in one place); or ``central-noise`` (the same with the noise of a pooled sum).
         epsilon: Of the whole training; infinite without clip and noise.
         seed: Of LoRA's start; draws and noise are new in every training.
@@ -125,7 +127,8 @@ def grid() -> list[Cell]:
         Cell(task=name, way=way, epsilon=epsilon, seed=seed)
         for name, task in TASKS.items()
         for seed, epsilon, way in itertools.product(SEEDS, task.epsilons, WAYS)
-        if math.isfinite(epsilon) or way in {"alone", *SCHEMES, "central"}
+        if math.isfinite(epsilon) or way in {"alone", *SCHEMES, MIXED, "central"}
+        if way != MIXED or name == "medquad"
     ]
 
 
@@ -218,18 +221,28 @@ class Grid:
             optimizer="sgd" if private else "adamw",
             deadline="10m",
         )
-        scheme = cell.way if cell.way in SCHEMES else "fedavg"
+        scheme = "sketch" if cell.way == MIXED else cell.way
+        scheme = scheme if scheme in SCHEMES else "fedavg"
         return dataclasses.replace(
             plan,
             mode="pooled" if cell.way in {"pooled", "central-noise"} else "local",
             seed=cell.seed,
-            tuner=dataclasses.replace(
-                plan.tuner, arguments={**plan.tuner.arguments, "r": 8, "lora_alpha": 8}
-            ),
+            tuner=self._tuner(cell),
             rounds=rounds,
             aggregation=dataclasses.replace(plan.aggregation, scheme=scheme, update_clip=100.0),
             privacy=Privacy(epsilon=cell.epsilon, delta=1e-5, clip=0.5, records_per_unit=1),
         )
+
+    def _tuner(self, cell: Cell) -> Tuner:
+        """LoRA of rank 8, or of mixed ranks; the factor before B·A is 1."""
+        tuner = self._example(cell.task).tuner
+        r, ranks = 8, None
+        if cell.way == MIXED:
+            names = sorted(self._case(cell.task).sites)
+            third = len(names) // 3
+            r, ranks = 16, {name: (4, 8, 16)[min(i // third, 2)] for i, name in enumerate(names)}
+        arguments = {**tuner.arguments, "r": r, "lora_alpha": r}
+        return dataclasses.replace(tuner, arguments=arguments, ranks=ranks)
 
     @cache  # noqa: B019  # a grid lives as long as its process
     def _example(self, name: str) -> Plan:

@@ -17,6 +17,10 @@ Setting = tuple[str, float]
 SETTINGS = [(name, epsilon) for name, task in TASKS.items() for epsilon in task.epsilons]
 
 PAIRS = (
+    ("sketch", "fedavg"),
+    ("sketch", "central"),
+    ("sketch", "sketch-once"),
+    ("sketch-mixed", "sketch"),
     ("sketch-once", "fedavg"),
     ("sketch-once", "ffa"),
     ("sketch-once", "central"),
@@ -95,12 +99,8 @@ def figures(done: Results) -> dict[str, Any]:
             if found is not None:
                 key = f"{one}_minus_{other}".replace("sketch-once", "sketch_once")
                 named[f"{prefix}{key}"] = found
-    for name, key in (
-        ("sketch_minus_fedavg", "sketch_once_minus_fedavg"),
-        ("pooled_minus_central", "epsilon_3.pooled_minus_central-noise"),
-    ):
-        named |= {name: named[key]} if key in named else {}
-    return named
+    under_noise = named.get("epsilon_3.pooled_minus_central-noise")
+    return named if under_noise is None else named | {"pooled_minus_central": under_noise}
 
 
 def markdown(done: Results) -> str:
