@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tests.field import scene
+
 
 def codings(text: str) -> list[bytes]:
     """A text as it may stand in a file: plain, UTF-16, hex, base64 at each of three offsets."""
@@ -58,6 +60,14 @@ def uses(paths: Iterable[Path]) -> dict[str, set[str]]:
             key, use = line.split()
             found.setdefault(key, set()).add(use)
     return found
+
+
+def streams(sites: Sequence[Path]) -> tuple[int, int]:
+    """How many mask and noise streams the sites have used, each for one input alone."""
+    found = [uses(map(of, sites)) for of in (scene.masks_of, scene.draws_of)]
+    twice = sum(len(inputs) > 1 for keys in found for inputs in keys.values())
+    assert twice == 0, f"{twice} secret streams were used twice"
+    return len(found[0]), len(found[1])
 
 
 def strangers(watched: str, host: str, port: int) -> list[str]:

@@ -15,6 +15,11 @@ def training(number: int) -> str:
     return f"training {number}"
 
 
+def masked(number: int) -> str:
+    """Before the answer with the masked update of a round leaves."""
+    return f"masked {number}"
+
+
 def survivors(number: int) -> str:
     """Before the answer to the survivors of a round: the masked updates of all are in."""
     return f"survivors {number}"

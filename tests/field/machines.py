@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from fedward.client.data_sources import DataSource, add_model
+from fedward.client.enrol import pinned_roster
 from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.client.site_records import add_source
 from fedward.errors import FedwardError, Unreachable
@@ -30,7 +31,7 @@ from fedward.server.members import open_members
 from fedward.server.store import Event, Phase, RunStore
 from fedward.server.superlink import LinkState, open_state
 from fedward.typed_toml import dump
-from tests.field import evidence, hold, notes, scene
+from tests.field import clocks, evidence, hold, notes, scene
 from tests.field.wires import Wires
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
@@ -51,9 +52,10 @@ class Field:
     Args:
         root: The folder; the hospitals' records lie in ``notes``.
         wires: Between the machines.
+        away: Seconds for which the coordinator waits for sites that are away.
     """
 
-    def __init__(self, root: Path, wires: Wires) -> None:
+    def __init__(self, root: Path, wires: Wires, *, away: int = AWAY_SECONDS) -> None:
         self.root, self.wires, self.started = root, wires, time.monotonic()
         self.notes, self.copies = root / "notes", root / "wire"
         for name in ("notes", "wire", "home", "tmp"):
@@ -64,15 +66,15 @@ class Field:
         # The relay is where sites look for the coordinator, which listens behind it.
         self.coordinator = CoordinatorFolder.create(
             root / "coordinator",
-            CoordinatorConfig(
-                host=wires.address, port=self.port, listen=wires.behind, away=AWAY_SECONDS
-            ),
+            CoordinatorConfig(host=wires.address, port=self.port, listen=wires.behind, away=away),
         )
         issue(self.coordinator, datetime.datetime.now(datetime.UTC))
         self.sites = dict[str, SiteFolder]()
         self.sources = dict[str, DataSource]()
         self.processes = dict[str, subprocess.Popen[bytes]]()
         hold.arm(root, hold.NOWHERE)
+        self.clocks: Path | None = None
+        """What lets the machines' clocks go wrong (:mod:`tests.field.clocks`)."""
         self.kernel = shutil.which("strace") is not None and can_trace(root / "probe")
 
     def say(self, text: str) -> None:
@@ -89,7 +91,12 @@ class Field:
             "TMPDIR": str(self.root / "tmp"),
             "NO_PROXY": "*",
             "HF_HUB_OFFLINE": "1",
+            **clocks.environment(self.clocks, self.clock(machine)),
         }
+
+    def clock(self, machine: str) -> Path:
+        """By how much a machine's clock is wrong."""
+        return self.root / f"{machine}.clock"
 
     def watched(self, machine: str) -> Path:
         """Where the addresses stand that a machine's Pythons asked for."""
@@ -99,16 +106,23 @@ class Field:
         """Where the kernel's view of them stands."""
         return self.root / f"{machine}.strace"
 
-    def start(self, name: str, *command: str) -> None:
-        """Start a machine's program in a process group of its own; its output goes to a log."""
-        before = self.wires.inside("coordinator" if name == "relay" else name)
+    def start(self, name: str, *command: str, at: str | None = None) -> None:
+        """Start a program in a process group of its own; its output goes to a log.
+
+        Args:
+            name: The program's; a machine's own has the machine's name.
+            command: A module and its arguments.
+            at: The machine, if it is another.
+        """
+        machine = at or name
+        before = self.wires.inside(machine)
         if name == TRACED and self.kernel:
             before = [*before, *evidence.TRACED, str(self.traced(name))]
         with (self.root / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [*before, sys.executable, "-m", *command],
                 cwd=self.root,
-                env=self.environment(name),
+                env=self.environment(machine),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -144,7 +158,22 @@ class Field:
 
     def start_relay(self) -> None:
         folder, copies = str(self.coordinator.root), str(self.copies)
-        self.start("relay", "tests.field.relay", folder, copies)
+        self.start("relay", "tests.field.relay", folder, copies, at="coordinator")
+
+    def start_proxy(self) -> None:
+        """A cable that faults can be ordered on, in the relay's place; it opens no TLS."""
+        near, far = self.wires.address, self.wires.behind
+        words = [near, str(self.port), far, str(self.root / "cable")]
+        self.start("proxy", "tests.field.proxy", *words, at="coordinator")
+
+    def order(self, site: str, **order: object) -> int:
+        """Order a fault of a site's cable (:class:`tests.field.proxy.Cable`)."""
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(SECONDS)
+            control.connect(str(self.root / "cable"))
+            line = json.dumps({"site": self.wires.address_of(site), **order})
+            control.sendall(line.encode() + b"\n")
+            return int(control.recv(100))
 
     def start_site(self, name: str, how: str = "honest") -> None:
         self.start(name, "tests.field.site", str(self.sites[name].root), name, how)
@@ -155,12 +184,22 @@ class Field:
         (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
 
+    def children(self, name: str) -> list[int]:
+        """The processes that a program has started: an agent's trainer, the coordinator's parts."""
+        found = list[str]()
+        for thread in Path(f"/proc/{self.processes[name].pid}/task").iterdir():
+            found += (thread / "children").read_text().split()
+        return [int(number) for number in found]
+
+    def part(self, name: str) -> int:
+        """The process of a part of the coordinator, ``link`` or ``engine``."""
+        for pid in self.children("coordinator"):
+            if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                return pid
+        raise AssertionError(f"no part {name!r} of the coordinator runs")
+
     def kill_trainer(self, name: str) -> None:
-        agent = self.processes[name].pid
-        children = list[str]()
-        for thread in Path(f"/proc/{agent}/task").iterdir():
-            children += (thread / "children").read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
+        os.kill(self.children(name)[0], signal.SIGKILL)
 
     def stop(self, name: str) -> None:
         """SIGTERM, and the end of it."""
@@ -177,12 +216,30 @@ class Field:
         site = str(self.sites[name].root)
         self.command(name, "site", "enrol", json.loads(token)["token"], "--site", site)
 
-    def equip(self, name: str, base: Path) -> None:
-        """Give a hospital its records, model and policy."""
+    def equip(self, name: str, base: Path, rounds: int = scene.MOST_ROUNDS) -> None:
+        """Give a hospital its records, model and policy for so many rounds."""
         site = self.sites[name]
         self.sources[name] = notes.write_notes(self.notes / name, name)
         add_source(site, "notes", self.sources[name])
-        write_private(site.policy, dump(scene.make_policy(add_model(site, base))).encode())
+        write_private(site.policy, dump(scene.make_policy(add_model(site, base), rounds)).encode())
+
+    def open(
+        self, base: Path, *, wire: Callable[[], None], rounds: int = scene.MOST_ROUNDS
+    ) -> None:
+        """Coordinator and wire up, every hospital enrolled, equipped and online."""
+        self.serve()
+        wire()
+        self.wait("the coordinator", self.is_serving)
+        for name in scene.HOSPITALS:
+            self.enrol(name)
+            self.equip(name, base, rounds)
+        self.say(f"{len(self.sites)} hospitals enrolled by token over TLS")
+        for name in scene.HOSPITALS:
+            self.start_site(name)
+        self.wait("one roster", self.all_agree)
+        time.sleep(2)  # until each agent has seen that its file is another
+        self.wait("four sites online", self.all_online)
+        self.say("all are connected")
 
     def steer(self, verb: str, run: str = scene.RUN) -> None:
         root = str(self.coordinator.root)
@@ -194,7 +251,12 @@ class Field:
 
     def all_online(self) -> bool:
         online = [node for node in self.flower.get_node_info() if node.status == "online"]
-        return len(online) == len(scene.HOSPITALS)
+        return len(online) == len(self.sites)
+
+    def all_agree(self) -> bool:
+        """Whether every site has pinned the newest roster."""
+        newest = self.roster().epoch
+        return all(pinned_roster(site).epoch == newest for site in self.sites.values())
 
     def roster(self) -> Roster:
         with open_members(self.coordinator) as members:
@@ -256,10 +318,10 @@ def can_trace(scratch: Path) -> bool:
 
 
 @contextlib.contextmanager
-def a_field(root: Path) -> Iterator[Field]:
+def a_field(root: Path, *, away: int = AWAY_SECONDS) -> Iterator[Field]:
     """The machines, until the block ends; if it fails, the ends of their logs are shown."""
     wires = Wires(scene.HOSPITALS)
-    field = Field(root, wires)
+    field = Field(root, wires, away=away)
     try:
         yield field
     except (AssertionError, FedwardError, subprocess.SubprocessError):

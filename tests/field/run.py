@@ -25,25 +25,8 @@ from tests.field.machines import CONSOLE, Field, a_field
 from tests.field.wires import enter_namespace
 
 
-def prepare(field: Field) -> Path:
-    """Coordinator up, hospitals enrolled; returns the base model."""
-    base = scene.make_base(field.root / "base")
-    field.serve()
-    field.start_relay()
-    field.wait("the coordinator", field.is_serving)
-    for name in scene.HOSPITALS:
-        field.enrol(name)
-        field.equip(name, base)
-    field.say(f"{len(field.sites)} hospitals enrolled by token over TLS")
-    return base
-
-
 def start(field: Field, base: Path) -> None:
-    """Start the hospitals and the run."""
-    for name in scene.HOSPITALS:
-        field.start_site(name)
-    field.wait("four sites online", field.all_online)
-    field.say("all are connected")
+    """Start the run."""
     faults.arm_first(field)
     plan = scene.write_plan(scene.make_plan(base), field.root / "plan.toml")
     root = str(field.coordinator.root)
@@ -56,10 +39,11 @@ def start(field: Field, base: Path) -> None:
 
 
 def main() -> int:
-    enter_namespace()
+    enter_namespace("tests.field.run")
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="fw") as scratch, a_field(Path(scratch)) as field:
-        base = prepare(field)
+        base = scene.make_base(field.root / "base")
+        field.open(base, wire=field.start_relay)
         start(field, base)
         faults.disturb(field)
         field.wait("the end of the run", lambda: field.state(scene.RUN) == "finished")

@@ -13,6 +13,7 @@ from fedward.tuning.small import build_llama, build_tokenizer
 HOSPITALS = ("northgate", "harbour", "valley", "summit")
 RUN = "field"
 ROUNDS, SPARE = 8, 3
+MOST_ROUNDS = ROUNDS + SPARE
 PATIENTS = 24
 """Patients of each hospital that are trained on: the test is of the wire, not of the model."""
 
@@ -26,11 +27,11 @@ def secret(name: str, purpose: str) -> bytes:
     return f"{purpose} {name}".encode().ljust(32, b"\0")[:32]
 
 
-def make_base(folder: Path) -> Path:
+def make_base(folder: Path, hidden: int = 32) -> Path:
     """A Llama of one layer."""
     if not folder.exists():
         tokenizer = build_tokenizer(vocabulary(), 600)
-        build_llama(folder, tokenizer, hidden=32, layers=1, heads=2, max_length=64)
+        build_llama(folder, tokenizer, hidden=hidden, layers=1, heads=2, max_length=64)
     return folder
 
 
@@ -109,12 +110,12 @@ def draws_of(site: Path) -> Path:
     return SiteFolder(root=site).cache / "draws"
 
 
-def make_policy(digest: str) -> Policy:
+def make_policy(digest: str, rounds: int = MOST_ROUNDS) -> Policy:
     """A policy that allows every run of the test, and adopts what the coordinator signs."""
     return Policy(
         max_epsilon=MAX_EPSILON,
         delta=DELTA,
-        max_rounds=ROUNDS + SPARE,
+        max_rounds=rounds,
         models=(digest,),
         datasets=("notes",),
         minimum=3,

@@ -1,8 +1,9 @@
 """``fedward site run`` of one hospital of the field test: its keys are fixed, its masks noted.
 
 It waits in the middle of a session where the test asks for that.
-``python -m tests.field.site FOLDER HOSPITAL honest|leaking``. The leaking one is the control of the
-search for patients' words: it reads a note, logs it, and puts it beside its answers.
+``python -m tests.field.site FOLDER HOSPITAL honest|leaking|doubling``. The leaking one is the
+control of the search for patients' words: it reads a note, logs it, and puts it beside its answers.
+The doubling one is the control of the check of sums: it counts its update twice.
 """
 
 import logging
@@ -36,17 +37,24 @@ def note_masks(file: Path) -> None:
 
 
 def hold_sessions(root: Path) -> None:
-    """Wait before the answer to a round's survivors, while the test wants it."""
+    """Wait before a masked update leaves and before the answer to its survivors, if told to."""
+    from fedward.aggregation.masks import Words
     from fedward.aggregation.site_session import SiteSession
     from tests.field import hold
 
-    consistency = SiteSession.consistency
+    consistency, masked = SiteSession.consistency, SiteSession.masked
 
     def held(session: SiteSession, message: bytes) -> bytes:
         hold.stay(root, hold.survivors(session._expected.attempt.round))
         return consistency(session, message)
 
+    def held_masked(session: SiteSession, message: bytes, words: Words) -> tuple[bytes, Words]:
+        answer = masked(session, message, words)
+        hold.stay(root, hold.masked(session._expected.attempt.round))
+        return answer
+
     patch.object(SiteSession, "consistency", held).start()
+    patch.object(SiteSession, "masked", held_masked).start()
 
 
 def start_trainer(root: str, hospital: str) -> None:
@@ -56,7 +64,8 @@ def start_trainer(root: str, hospital: str) -> None:
 
     def process(command: Sequence[str], environment: Mapping[str, str]) -> TrainerProcess:
         mine = [sys.executable, "-m", "tests.field.trainer", root, hospital]
-        kept = {name: os.environ[name] for name in ("PYTHONPATH", "FIELD_WATCH")}
+        passed = ("PYTHONPATH", "FIELD_WATCH", "LD_PRELOAD", "FIELD_CLOCK")
+        kept = {name: os.environ[name] for name in passed if name in os.environ}
         return TrainerProcess(mine, {**environment, **kept})
 
     patch.object(remote_trainer, "TrainerProcess", process).start()
@@ -80,6 +89,20 @@ def leak(root: Path) -> None:
     patch.object(Agent, "_act", leaking).start()
 
 
+def double() -> None:
+    """Put every update into the sum twice."""
+    from fedward.aggregation.masks import Words
+    from fedward.client.agent import Agent, _Work
+
+    words = Agent._words
+
+    def doubled(agent: Agent, work: _Work) -> Words:
+        once = words(agent, work)
+        return once + once
+
+    patch.object(Agent, "_words", doubled).start()
+
+
 def main(root: str, hospital: str, how: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     keep_records_out_of_logs()  # before any library is there, as the command has it
@@ -93,6 +116,8 @@ def main(root: str, hospital: str, how: str) -> None:
     patch.object(daemon, "run_site", run_site).start()
     if how == "leaking":
         leak(Path(root))
+    if how == "doubling":
+        double()
     sys.argv = ["fedward", "site", "run", "--site", root]
     cli.main()
 

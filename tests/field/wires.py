@@ -19,13 +19,13 @@ _TRIES = 200
 _LOOPBACK = os.environ.get("FIELD_WIRES") == "loopback"
 
 
-def enter_namespace() -> None:
-    """Start this program again as root of a namespace of users, if only that allows networks."""
+def enter_namespace(module: str) -> None:
+    """Start a module again as root of a namespace of users, if only that allows networks."""
     if _LOOPBACK or "FIELD_ENTERED" in os.environ or _run("unshare", "-n", "true"):
         return
     if _run("unshare", "-Urn", "true"):
         os.environ["FIELD_ENTERED"] = "1"
-        again = [sys.executable, "-m", "tests.field.run"]
+        again = [sys.executable, "-m", module, *sys.argv[1:]]
         os.execvp("unshare", ["unshare", "-Ur", *again])  # noqa: S606, S607  # replaces this program
 
 
@@ -38,6 +38,7 @@ class Wires:
 
     def __init__(self, sites: Sequence[str]) -> None:
         self._holders = dict[str, subprocess.Popen[bytes]]()
+        self._ports = dict[str, str]()
         self.real = not _LOOPBACK and _run("unshare", "-n", "true")
         self.address = "10.77.0.1" if self.real else "127.0.0.1"
         """Where sites look for the coordinator."""
@@ -57,9 +58,13 @@ class Wires:
                      "netns", far)  # fmt: skip
             self._ip("coordinator", "link", "set", port, "master", _BRIDGE, "up")
             self._ip("coordinator", "link", "set", port, "type", "bridge_slave", "isolated", "on")
-            self._ip(site, "address", "add", f"10.77.0.{10 + number}/24", "dev", "up0")
+            self._ports[site] = port
+            self._ip(site, "address", "add", f"{self.address_of(site)}/24", "dev", "up0")
             self._ip(site, "link", "set", "up0", "up")
-        self._ports = {site: f"p{number}" for number, site in enumerate(sites)}
+
+    def address_of(self, site: str) -> str:
+        """The address of a site."""
+        return f"10.77.0.{10 + list(self._ports).index(site)}" if self.real else "127.0.0.1"
 
     def inside(self, machine: str) -> list[str]:
         """What to put before a command so that it runs on a machine."""
