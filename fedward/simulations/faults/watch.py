@@ -109,6 +109,10 @@ class Watch:
             return
         self._looked = len(committed)
 
+    def begin_again(self) -> None:
+        """The store is another copy from now on: what was seen of the one before is no news."""
+        self._committed, self._mark, self._looked = [], BEGINNING, 0
+
     def events(self) -> list[Event]:
         """The coordinator's events of the run.
 

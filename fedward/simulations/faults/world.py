@@ -100,7 +100,7 @@ class World:
         book.submit(ground.RUN, plan, ground.START, ground.LAYOUT)
         self.clock.after(0.0, self._tick)
         for site in range(SITES):
-            self.clock.after(0.0, partial(self._start, site))
+            self.clock.after(0.0, partial(self.start, site))
 
     def arm(self, fault: Fault) -> None:
         """Let a fault happen at its next occasion."""
@@ -177,7 +177,7 @@ class World:
             for site in range(SITES):
                 if self.sites[site].up:
                     self.sites[site].stop()
-                    self._start(site)
+                    self.start(site)
             book.change(ground.RUN, RunState.QUEUED)
         if book.state(ground.RUN) is RunState.FINISHED:
             return True
@@ -315,9 +315,9 @@ class World:
         self.sites[site].stop()
         if fault.kind is Kind.POWER:
             self.say(f"site-{site}: the power loss took {self.sites[site].disk.lose_power()}")
-        self.clock.after(fault.seconds, partial(self._start, site))
+        self.clock.after(fault.seconds, partial(self.start, site))
 
-    def _start(self, site: int) -> None:
+    def start(self, site: int) -> None:
         """What supervises a site's process starts it, and again if it does not come up."""
         self._letter = ("", 0)
         with self._acting(f"site-{site}"):
@@ -329,7 +329,7 @@ class World:
             except (FedwardError, OSError) as error:
                 self.say(f"site-{site}: does not start: {type(error).__name__}: {error}")
                 self.sites[site].stop()
-                self.clock.after(_RESTART_SECONDS, partial(self._start, site))
+                self.clock.after(_RESTART_SECONDS, partial(self.start, site))
                 return
         self.say(f"site-{site}: is up")
         self.network.started(site)
