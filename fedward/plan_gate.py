@@ -15,8 +15,8 @@ class Gate:
 
     Args:
         data: File of held-out records that the coordinator may use, in the plan's columns.
-        worse_by: The most by which the next adapter's mean loss on them may be above the present
-            one's, >= 0.
+        worse_by: The most by which the next adapter's mean loss on them may be above the lowest
+            that the run has had, >= 0.
         norm: The most that the L2 norm of the mean update may be, > 0; left out, any that
             ``update_clip`` allows.
         refusals: Refused rounds in a row after which the run pauses, 1 to 1000.

@@ -38,7 +38,12 @@ _PLAN, _ADAPTER, _RESULT = "plan.json", "adapter.safetensors", "loss.json"
 
 
 def judge(
-    gate: Gate, loss: Loss, before: bytes, after: bytes, mean: npt.NDArray[np.float64]
+    gate: Gate,
+    loss: Loss,
+    before: bytes,
+    after: bytes,
+    mean: npt.NDArray[np.float64],
+    lowest: float = math.inf,
 ) -> tuple[str, dict[str, Json]]:
     """Whether a round may move the adapter.
 
@@ -48,19 +53,21 @@ def judge(
         before: The adapter that the round began with.
         after: What it would become.
         mean: ``(words,)``: the mean of what the sites sent.
+        lowest: The lowest loss that the run has had. Poison in small portions is measured by it.
 
     Returns:
         Why the round is refused, empty if it is not; and the figures: ``norm`` of the mean and,
-        where that does not decide alone, the losses ``before`` and ``after`` (null: not finite).
+        where that does not decide alone, the ``lowest`` loss and that ``after`` the round (null:
+        not finite).
     """
     norm = float(np.linalg.norm(mean))
     if gate.norm is not None and norm > gate.norm:
         return f"the mean's norm is {norm:.4g}, above {gate.norm:g}", {"norm": norm}
-    now, then = loss(before), loss(after)
-    figures = {"norm": norm, "before": _finite(now), "after": _finite(then)}
-    if then <= now + gate.worse_by:
+    lowest, then = min(lowest, loss(before)), loss(after)
+    figures = {"norm": norm, "lowest": _finite(lowest), "after": _finite(then)}
+    if then <= lowest + gate.worse_by:
         return "", figures
-    return f"held-out loss {now:.4f} -> {then:.4f}, above {gate.worse_by:g} more", figures
+    return f"held-out loss {then:.4f}, above {lowest:.4f} + {gate.worse_by:g}", figures
 
 
 def held_out_loss(plan: Plan, records: Records, device: str = "cpu") -> Loss:

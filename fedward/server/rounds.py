@@ -170,8 +170,8 @@ class RoundEngine:
 
     def _check_refusals(self, state: State) -> None:
         """Stop when the gate has refused many rounds in a row, and again after as many more."""
-        gate = self._plan.gate
-        if gate is not None and state.refused and state.refused % gate.refusals == 0:
+        gate, more = self._plan.gate, state.committed < self._plan.rounds.count
+        if gate is not None and more and state.refused and state.refused % gate.refusals == 0:
             raise RoundError(
                 f"the gate refused {state.refused} rounds in a row, up to round {state.committed} "
                 "(fedward run watch shows why): look at the sites and at [gate], then resume"
@@ -215,7 +215,9 @@ class RoundEngine:
         refusal, figures = "", dict[str, Json]()
         if self._plan.gate is not None:
             mean = results[0][0].mean
-            refusal, figures = judge(self._plan.gate, self._loss, state.adapter, adapter, mean)
+            refusal, figures = judge(
+                self._plan.gate, self._loss, state.adapter, adapter, mean, state.lowest
+            )
         first, (last, basis) = results[0][0], results[-1]
         blobs = {"sum": last.words.tobytes()}
         if len(results) == 2:

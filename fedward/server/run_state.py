@@ -1,6 +1,7 @@
 """Where a run stands between two rounds: folded from its events."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ class State:
             was lost at the session behind it.
         attempts: Attempts that the open round has seen.
         refused: Rounds in a row that the gate has refused, up to the last one that is complete.
+        lowest: The lowest loss that the gate has found since the start, or the last fallback.
         missed: The last of them in a row that missed the minimum of sites, if the plan counts them.
         record: What the run's attempts have shown of its sites: one that lies or falls silent again
             and again would cost the others an update each time, until no spare round is left.
@@ -38,6 +40,7 @@ class State:
     session: int
     attempts: int
     refused: int
+    lowest: float
     missed: int
     record: Record
 
@@ -56,7 +59,7 @@ class Fold:
         self._store, self._run, self._plan, self._start = store, run, plan.hash().hex(), start
         self._mark, self._record = BEGINNING, Record()
         self._committed = self._attempts = self._missed = self._refused = 0
-        self._session = 1
+        self._session, self._lowest = 1, math.inf
         self._ready, self._holders = set[int](), frozenset[int]()
         self._previous, self._fallen = dict[str, bytes](), dict[str, bytes]()
         self._adapter = ""
@@ -82,6 +85,7 @@ class Fold:
             session=self._session,
             attempts=self._attempts,
             refused=self._refused,
+            lowest=self._lowest,
             missed=self._missed,
             record=self._record,
         )
@@ -114,11 +118,16 @@ class Fold:
             }
         elif event.phase is Phase.FALLBACK:
             self._end_round(event, facts["adapter"], {}, frozenset())
+            self._lowest = math.inf
             self._fallen = {"fallback": canonical_json([self._committed, self._adapter])}
             self._previous = self._fallen
         elif event.phase is Phase.COMMITTED:
             sums = {name: facts[name] for name in ("sum", "first", "basis") if name in facts}
             self._end_round(event, facts["adapter"], sums, frozenset(self._ready))
+            gate = facts.get("gate", {})
+            self._lowest = min(
+                self._lowest, gate.get("lowest", math.inf), gate.get("after", math.inf)
+            )
             _, session, number = event.attempt.order
             self._previous = {
                 "cohort": canonical_json(facts["cohort"]),

@@ -46,9 +46,9 @@ ONES = np.ones(4)
     [
         (1.0, 1.1, {}, ""),
         (1.0, 0.2, {}, ""),
-        (1.0, 1.2, {}, "held-out loss 1.0000 -> 1.2000, above 0.1 more"),
+        (1.0, 1.2, {}, "held-out loss 1.2000, above 1.0000 + 0.1"),
         (1.0, 1.2, {"worse_by": 0.5}, ""),
-        (1.0, math.nan, {}, "held-out loss 1.0000 -> nan"),
+        (1.0, math.nan, {}, "held-out loss nan"),
         (1.0, math.inf, {"worse_by": 1e300}, "inf"),
         (1.0, 0.2, {"norm": 2.0}, ""),
         (1.0, 0.2, {"norm": 1.9}, "the mean's norm is 2, above 1.9"),
@@ -111,10 +111,10 @@ def test_a_refused_round_is_paid_and_the_next_begins_with_the_same_adapter(rig):
     assert ends(rig) == [(1, "committed"), (2, "refused"), (3, "committed")]
     ((_, refused),) = rig.facts(Phase.REFUSED)
     first, third = (facts for _, facts in rig.facts(Phase.COMMITTED))
-    assert refused["reason"].startswith("held-out loss -1.0000 -> 102.0000")
-    assert refused["gate"] == {"norm": refused["gate"]["norm"], "before": -1, "after": 102}
+    assert refused["reason"].startswith("held-out loss 102.0000, above -1.0000 + 0.1")
+    assert refused["gate"] == {"norm": refused["gate"]["norm"], "lowest": -1, "after": 102}
     assert refused["adapter"] == first["adapter"] != third["adapter"]
-    assert third["gate"]["before"] == -1, "what was refused is no yardstick"
+    assert third["gate"]["lowest"] == -1, "what was refused is no yardstick"
     assert last == rig.store.blob(third["adapter"])
     started = [trainer.requests[2].adapter for trainer in rig.desk.trainers]
     assert started == [rig.store.blob(first["adapter"])] * 4
@@ -124,6 +124,20 @@ def test_a_refused_round_is_paid_and_the_next_begins_with_the_same_adapter(rig):
     parts = {number: names for (number, _, _), names in tasks(rig).items()}
     assert "refused" in parts[3], "and no adapter: they have it"
     assert "adapter" not in parts[3]
+
+
+def test_poison_in_small_portions_is_measured_by_the_best_that_there_was(rig):
+    plan = dataclasses.replace(GATED, gate=Gate(data="x", worse_by=0.1, refusals=3))
+    losses = iter([1.0, 1.06, 1.12])  # each 0.06 above the one before
+    known = dict[bytes, float]()
+
+    def loss(adapter: bytes) -> float:
+        if adapter not in known:
+            known[adapter] = next(losses, 1.1)
+        return known[adapter]
+
+    rig.run(plan=plan, gate=loss)
+    assert ends(rig) == [(1, "committed"), (2, "refused"), (3, "committed")]
 
 
 def test_rounds_refused_from_the_first_on(rig):
@@ -165,7 +179,7 @@ def test_a_kill_behind_the_decision_leaves_it_as_it_was(rig):
     with failpoints.armed(handler), pytest.raises(OSError, match="error"):
         rig.run(gate=Losses(2))
     before = ends(rig)
-    rig.run(gate=lambda adapter: 0.0)  # whoever is asked now would let everything through
+    rig.run(gate=lambda adapter: -9.0)  # whoever is asked now would let everything through
     assert ends(rig) == [*before, (3, "committed")]
     assert before == [(1, "committed"), (2, "refused")]
 
