@@ -135,10 +135,11 @@ def results_folder(
         parser.exit(130, "\nstopped; finished cells are kept, the same command goes on\n")
 
 
-def grid_options(about: str | None, out: str) -> argparse.ArgumentParser:
-    """The options of every grid of cells."""
+def grid_options(about: str | None, out: str, *, data: bool = True) -> argparse.ArgumentParser:
+    """The options of every grid of cells; ``data``: whether it reads the shared data sets."""
     parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="data sets")
+    if data:
+        parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="data sets")
     parser.add_argument("--out", type=Path, default=Path(out), help="keeps finished cells")
     parser.add_argument("--cells", default="*", help="patterns of names, with commas between")
     parser.add_argument("--seeds", help="only these, with commas between")

@@ -119,8 +119,8 @@ def with_backdoor(records: Records, plan: Plan) -> Records:
 
 
 def target(plan: Plan) -> str:
-    """The class that a backdoor wants: the plan's first."""
-    return plan.task.labels[0]
+    """The class that a backdoor wants: the plan's last."""
+    return plan.task.labels[-1]
 
 
 def victims(records: Records, plan: Plan) -> Records:
