@@ -52,7 +52,7 @@ def test_three_sites_are_exact_and_of_six_a_part_is_mended():
 def test_the_covariance_is_the_better_thing_to_sketch(base, common, own):
     """Nine sites on a layer as wide as models have them: nothing in common, calm, noisy, noisier.
 
-    The sketch of whole products loses at the same words, even to averaging apart (docs/adr/0012).
+    The sketch of whole products loses at the same words, even to averaging apart (docs/adr/0013).
     """
     width, rank, sites = 384, 8, 9
     layout: Layout = (

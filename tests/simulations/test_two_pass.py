@@ -1,9 +1,11 @@
 """Scheme ``sketch`` in whole federations: two sums over the same sites, or the round is lost."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from flwr.app import Message
 
@@ -40,7 +42,9 @@ def plan(base):
     return tiny.make_plan(base, aggregation=SKETCH, rounds=ROUNDS)
 
 
-def product_error(plan, before: bytes, after: bytes, updates) -> tuple[float, float]:
+def product_error(
+    plan: Plan, before: bytes, after: bytes, updates: Sequence[npt.NDArray[np.float32]]
+) -> tuple[float, float]:
     """Relative distance of each product from the best rank of the plain mean, new and apart."""
     layout = tuned_model(plan).layout
     start, found = vector_of(before, layout), vector_of(after, layout)
