@@ -189,6 +189,8 @@ class Plan:
         self._check_combinations()
         if self.mode == "pooled":
             self._check_pooled()
+        if self.cohort.groups > 1:
+            self._check_groups()
 
     def _check_combinations(self) -> None:
         """Refuse what a section allows on its own, but not beside the others."""
@@ -207,8 +209,11 @@ class Plan:
             allowed = f"at least [cohort] minimum = {minimum}"
             require(data.split.sites >= minimum, "sites", data.split.sites, allowed)
         scheme, method = self.aggregation.scheme, self.tuner.method
-        pairs = scheme == "fedavg" or method in LORA
+        whole = not {"lora_A", "lora_B"} & {*self.tuner.personal}
+        pairs = scheme == "fedavg" or (method in LORA and whole)
         allowed = f"'fedavg' with {method!r}, which is no product of A and B"
+        if not whole:
+            allowed = "'fedavg' where one of A and B is personal"
         require(pairs, "scheme", scheme, allowed)
         alike = self.tuner.ranks is None or scheme == "sketch"
         # A and B of other ranks have no mean, but their products do.
@@ -222,6 +227,14 @@ class Plan:
             allowed = f"none above the {unknown} lightest others together"
             holds = heaviest <= math.fsum(lighter[:unknown])
             require(holds, "weights", dict(self.aggregation.weights), allowed)
+
+    def _check_groups(self) -> None:
+        """Refuse what a median over groups has no meaning for."""
+        scheme, groups = self.aggregation.scheme, self.cohort.groups
+        linear = scheme in {"fedavg", "ffa", "alternating"}
+        require(self.mode == "local", "groups", groups, "1 in mode 'pooled'")
+        require(linear, "groups", groups, f"1 with {scheme!r}: its sums are no parameters")
+        require(self.aggregation.weights is None, "groups", groups, "1 beside weights")
 
     def after_fallback(self, adapter: str) -> "Plan":
         """The plan as sites approve it once the coordinator's own training made an adapter.
@@ -246,6 +259,8 @@ class Plan:
             # Far from where float32 ends, with any clip and any number of units.
             (1e-9 <= ratio <= 1e9, "learning_rate / normaliser", ratio, "1e-9 to 1e9"),
             # Whoever has added a share of the noise can take it away again.
+            # What moved without noise would carry a patient into the others' next gradients.
+            (not self.tuner.personal, "personal", list(self.tuner.personal), "none"),
             # The step is taken on the sum, at one rate for all.
             (self.tuner.method != "lora+", "method", self.tuner.method, "another than 'lora+'"),
             (self.cohort.colluders >= 1, "colluders", self.cohort.colluders, "1 or more"),

@@ -1,5 +1,6 @@
 """``[tuner]`` of a plan: which part of the model sites train, and which parts they cannot."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,12 +71,15 @@ class Tuner:
         arguments: PEFT's keys of the method, for example ``r`` and ``target_modules``.
         ranks: Site name to the rank that it trains, 1 to ``r``: the first components of the
             adapter. Whoever is not named trains all. With scheme ``sketch`` only.
+        personal: Names of modules or tensors, like ``score``, ``lora_B`` or ``layers.3``, whose
+            trained numbers stay at each site: they are trained there, and never sent or summed.
     """
 
     method: str = "lora"
     ranks: Mapping[str, int] | None = field(
         default=None, hash=False, metadata={typed_toml.LATER: True}
     )
+    personal: tuple[str, ...] = field(default=(), metadata={typed_toml.LATER: True})
     arguments: Mapping[str, Any] = field(
         default_factory=dict, hash=False, metadata={typed_toml.REST: True}
     )
@@ -84,6 +88,9 @@ class Tuner:
         """Check every limit."""
         allowed = REFUSED.get(self.method, "one of " + ", ".join(map(repr, METHODS)))
         require(self.method in METHODS, "method", self.method, allowed)
+        plain = all(re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII) for name in self.personal)
+        allowed = "plain names, of letters, digits, '.', '_' and '-'"
+        require(plain, "personal", list(self.personal), allowed)
         for key, value in self.arguments.items():
             require(key != "method", "arguments", key, "a key of PEFT")
             require(_is_plain(value), key, value, "text, numbers, true, false, or lists of them")

@@ -124,6 +124,8 @@ REFUSED: list[tuple[Any, ...]] = [
     ("tuner", "method", ["adalora"], "another method: each site would deal out ranks"),
     ("tuner", "method", ["full"], "a method of fewer numbers"),
     ("tuner", "method", ["qlora"], "'lora', and quantize = 'nf4' in [model]"),
+    ("tuner", "personal", [["a*"], [""]], "plain names, of letters, digits"),
+    ("tuner", "personal", ["score"], "a list"),
     ("tuner", "r", [math.nan], "text, numbers, true, false, or lists of them"),
     ("task", "objective", ["ppo"], "one of 'sft', 'classify', 'dpo', 'kto'"),
     ("task", "beta", [0.2], "none: it belongs to dpo and kto"),
@@ -445,7 +447,12 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"quantize": "int8"},
         {"gradient_checkpointing": True},
     ],
-    "tuner": [{"arguments": {}}, {"arguments": {"r": 8}}, {"arguments": {"r": 8.0}}],
+    "tuner": [
+        {"personal": ("score",)},
+        {"arguments": {}},
+        {"arguments": {"r": 8}},
+        {"arguments": {"r": 8.0}},
+    ],
     "task": [{"objective": "sft"}, {"max_length": 64}, {"labels": ("no", "yes")}],
     "data": [
         {"text": "a"},

@@ -239,6 +239,7 @@ class Agent:
             draw=draw,
             adapter=without_moments(adapter),
             layout=layout,
+            spent=self._ledger.spent(attempt.run),
         )
         rank = own_rank(plan, self._roster.member(self._site).name)
         asked = narrowed(request, rank)

@@ -95,7 +95,7 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
     """
     roster, policy = pinned_roster(folder), load_policy(folder.policy)
     begin = time.monotonic()
-    trainer = trainer_maker(folder)(plan, dataset, lambda _: None)
+    trainer = trainer_maker(folder, keep=False)(plan, dataset, lambda _: None)
     if not trainer.units:
         raise DataError(f"data source {dataset!r} has no records that fit the plan")
     tuned, attempt = trainer.tuned(plan), Attempt(run="dry-run", round=1)

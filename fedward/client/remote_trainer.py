@@ -284,6 +284,7 @@ def _task(request: TrainRequest) -> wire.Task:
         attempt=attempt.attempt,
         draw=request.draw,
         layout=layout_to_bytes(request.layout),
+        spent=request.spent,
     )
 
 

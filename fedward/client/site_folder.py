@@ -165,6 +165,11 @@ class SiteFolder:
         return self.root / "node.json"
 
     @property
+    def personal(self) -> Path:
+        """What of trained adapters stays at this site."""
+        return self.root / "personal"
+
+    @property
     def cache(self) -> Path:
         """Temporary files of the trainer."""
         return self.root / "cache"

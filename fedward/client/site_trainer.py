@@ -19,14 +19,19 @@ from fedward.client.trainer import LocalTrainer
 from fedward.client.trainer_service import Admit, MakeTrainer, serve
 from fedward.errors import ModelError, PolicyRefusal
 from fedward.plan import Plan
+from fedward.tuning.adapter import layout
 from fedward.tuning.vector import Layout
 
 
-def trainer_maker(folder: SiteFolder) -> MakeTrainer:
+def trainer_maker(folder: SiteFolder, *, keep: bool = True) -> MakeTrainer:
     """What makes a trainer for each plan out of a site's folder.
 
     A plan's words can name modules by a pattern, so the policy's list of modules that stay frozen
     is held against the loaded model here.
+
+    Args:
+        folder: The site's.
+        keep: Whether the personal parts of a plan are kept there.
     """
 
     def make(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
@@ -43,8 +48,9 @@ def trainer_maker(folder: SiteFolder) -> MakeTrainer:
             physical_batch=config.physical_batch,
             model=model_folder(folder, plan),
             on_step=on_step,
+            keep=folder.personal if keep else None,
         )
-        check_trained(trainer.tuned(plan).layout, policy)
+        check_trained(layout(trainer.tuned(plan).model), policy)
         return trainer
 
     return make

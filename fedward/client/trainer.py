@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from fedward.canonical import digest
 from fedward.client.codes import LIBRARY_ERRORS, safe_repr
 from fedward.client.metric_slots import metric_slots
+from fedward.client.personal import PersonalParts
 from fedward.client.step_check import check_step
 from fedward.client.training import Scores, TrainRequest, TrainResult
 from fedward.errors import ConfigurationError, DataError, FedwardError, ModelError
@@ -29,7 +30,7 @@ from fedward.tuning.metrics import evaluate
 from fedward.tuning.objectives import Encoded, collate, encode, loss_per_example
 from fedward.tuning.records import Records, merge, select
 from fedward.tuning.tuned import Tuned, tuned_model, with_reference
-from fedward.tuning.tuners import rates, trainable, training_only
+from fedward.tuning.tuners import personal, rates, trainable, training_only
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class LocalTrainer:
             memory, not the update.
         model: The base model's folder, in place of the plan's path.
         on_step: Called after each step with its number from 1; what it raises ends the training.
+        keep: Folder of the personal parts of plans that have some.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class LocalTrainer:
         physical_batch: int = 64,
         model: Path | None = None,
         on_step: Callable[[int], None] | None = None,
+        keep: Path | None = None,
     ) -> None:
         if not records.units:
             _LOG.warning("this site has no training records: its updates are noise alone")
@@ -75,6 +78,7 @@ class LocalTrainer:
         self._secret, self._fixed = SecureStream(key), key is not None
         self._device, self._physical_batch = device, physical_batch
         self._model, self._on_step = model, on_step
+        self._personal = PersonalParts(keep)
         self._encoded: dict[tuple[bytes, bool], tuple[Units, Encoded]] = {}
 
     @property
@@ -121,8 +125,11 @@ class LocalTrainer:
         else:
             step = mechanism(plan)
             before_step = _stay_near(plan.rounds.proximal) if plan.rounds.proximal else None
-        with training_only(model, {name for name, _ in request.trained}):
-            start = flatten(model)
+        sent, own = {name for name, _ in request.trained}, personal(model, plan)
+        if own:
+            self._personal.put(model, self._personal.before(request))
+        with training_only(model, {*sent, *own}):
+            start = flatten(model, sent)
             train_model(
                 model,
                 units,
@@ -135,9 +142,12 @@ class LocalTrainer:
                 physical_batch=self._physical_batch,
                 on_step=self._on_step,
             )
-            update = _scaled(sums, plan) if pooled else flatten(model) - start
-        if not np.isfinite(update).all():
+            update = _scaled(sums, plan) if pooled else flatten(model, sent) - start
+            finite = np.isfinite(update).all() and np.isfinite(flatten(model)).all()
+        if not finite:
             raise ModelError("training gave numbers that are not finite: lower learning_rate")
+        if own:
+            self._personal.keep(request, own)
         return TrainResult(update=update, slots=self._slots(plan, model, stream))
 
     def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
@@ -146,6 +156,8 @@ class LocalTrainer:
             raise DataError("this site keeps no held-out records to evaluate on")
         model = self.tuned(plan).model
         load_adapter(model, from_bytes(adapter))
+        if plan.tuner.personal:
+            self._personal.put(model, self._personal.newest(plan))
         found = evaluate(model, self._encode(plan, self._held_out, held_out=True)[1])
         return Scores(loss=found.loss, accuracy=found.accuracy, macro_f1=found.macro_f1)
 

@@ -60,7 +60,7 @@ class Asked(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., adapter: _Optional[bytes] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes", "dataset", "source", "keep", "kept")
+    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes", "dataset", "source", "keep", "kept", "spent")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class Task(_message.Message):
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    SPENT_FIELD_NUMBER: _ClassVar[int]
     plan: bytes
     run: str
     round: int
@@ -85,7 +86,8 @@ class Task(_message.Message):
     source: bytes
     keep: bytes
     kept: bytes
-    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ..., dataset: _Optional[str] = ..., source: _Optional[bytes] = ..., keep: _Optional[bytes] = ..., kept: _Optional[bytes] = ...) -> None: ...
+    spent: int
+    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ..., dataset: _Optional[str] = ..., source: _Optional[bytes] = ..., keep: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., spent: _Optional[int] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("failure", "progress", "vector", "part", "scores", "done")

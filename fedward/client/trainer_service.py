@@ -229,7 +229,12 @@ class TrainerService(rpc.TrainerServicer):
             self._kept = task.keep, adapter
         failpoints.hit("trainer.asked")
         return trainer, TrainRequest(
-            plan=plan, attempt=attempt, draw=task.draw, adapter=adapter, layout=layout
+            plan=plan,
+            attempt=attempt,
+            draw=task.draw,
+            adapter=adapter,
+            layout=layout,
+            spent=task.spent,
         )
 
 

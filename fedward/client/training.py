@@ -26,6 +26,7 @@ class TrainRequest:
         draw: How many updates of this session have been spent before: each draws fresh noise.
         adapter: The adapter's whole state as safetensors bytes.
         layout: The trainable tensors as the coordinator sees them; must be the trainer's own.
+        spent: How many updates of the run have left before, for the site's personal parts.
     """
 
     plan: Plan
@@ -33,6 +34,7 @@ class TrainRequest:
     draw: int
     adapter: bytes
     layout: Layout
+    spent: int = 0
 
     @property
     def trained(self) -> Layout:

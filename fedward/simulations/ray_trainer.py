@@ -7,6 +7,7 @@ ever. Each actor is one process with one thread and one loaded model, and serves
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ def ray_trainers(
     *,
     held_out: Mapping[str, Records] | None = None,
     keys: Mapping[str, bytes] | None = None,
+    keep: Path | None = None,
 ) -> Iterator[dict[str, Trainer]]:
     """Start a Ray of its own on this machine, with trainers in it, until the context ends.
 
@@ -39,6 +41,7 @@ def ray_trainers(
         workers: Processes, 1 or more; site i is served by process i modulo ``workers``.
         held_out: Site name → records for the site's own metrics.
         keys: Site name → secret key of noise and sampling; only tests fix them.
+        keep: Folder of the sites' personal parts.
 
     Yields:
         Site name → its trainer.
@@ -51,8 +54,13 @@ def ray_trainers(
     with local_ray(workers, "--engine ray") as ray:
         held_out, keys = held_out or {}, keys or {}
         places = {
-            name: _Place(records=records, held_out=held_out.get(name), key=keys.get(name))
-            for name, records in sites.items()
+            name: _Place(
+                records=records,
+                held_out=held_out.get(name),
+                key=keys.get(name),
+                keep=keep and keep / f"{number}",
+            )
+            for number, (name, records) in enumerate(sorted(sites.items()))
         }
         names = list(sites)
         remote = ray.remote(num_cpus=1)(_Worker)
@@ -73,6 +81,7 @@ class _Place:
     records: Records
     held_out: Records | None
     key: bytes | None
+    keep: Path | None
 
 
 class _Worker:
@@ -81,7 +90,9 @@ class _Worker:
     def __init__(self, places: Mapping[str, _Place]) -> None:
         torch.set_num_threads(1)
         self._trainers = {
-            name: LocalTrainer(place.records, held_out=place.held_out, key=place.key)
+            name: LocalTrainer(
+                place.records, held_out=place.held_out, key=place.key, keep=place.keep
+            )
             for name, place in places.items()
         }
 

@@ -210,7 +210,7 @@ class _Work:
         """Run every open round; returns the score and each site's epsilon."""
         plan = self._plan
         task = self._show.add_task("federated rounds", total=plan.rounds.count)
-        with _trainers(self._case, ray_workers) as trainers:
+        with _trainers(self._case, ray_workers, self._folder / "personal") as trainers:
             self._federation = federation = Federation(
                 folder=self._folder,
                 plan=plan,
@@ -368,18 +368,18 @@ class _Work:
 
 
 @contextlib.contextmanager
-def _trainers(case: Case, workers: int) -> Iterator[Mapping[str, Trainer]]:
-    """Each site's trainer: in this process, or as Ray tasks."""
+def _trainers(case: Case, workers: int, keep: Path) -> Iterator[Mapping[str, Trainer]]:
+    """Each site's trainer: in this process, or as Ray tasks; personal parts lie in ``keep``."""
     sites, held_out = case.sites, case.held_out
     if workers == 0:
         yield {
-            name: LocalTrainer(records, held_out=held_out.get(name))
-            for name, records in sites.items()
+            name: LocalTrainer(records, held_out=held_out.get(name), keep=keep / f"{n}")
+            for n, (name, records) in enumerate(sorted(sites.items()))
         }
         return
     from fedward.simulations.ray_trainer import ray_trainers  # Ray is an extra
 
-    with ray_trainers(sites, workers, held_out=held_out) as trainers:
+    with ray_trainers(sites, workers, held_out=held_out, keep=keep) as trainers:
         yield trainers
 
 

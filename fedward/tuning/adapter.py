@@ -5,7 +5,7 @@ The state is every trainable parameter and every frozen one that the tuner added
 is trained for several methods.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -63,9 +63,10 @@ def layout(model: nn.Module) -> Layout:
     return tuple((name, tuple(p.shape)) for name, p in trainable(model).items())
 
 
-def flatten(model: nn.Module) -> npt.NDArray[np.float32]:
-    """The trainable parameters as one vector, shape ``(d,)``."""
-    parts = [p.detach().float().cpu().numpy().ravel() for p in trainable(model).values()]
+def flatten(model: nn.Module, names: Collection[str] | None = None) -> npt.NDArray[np.float32]:
+    """The trainable parameters, or those named, as one vector, shape ``(d,)``."""
+    chosen = (p for n, p in trainable(model).items() if names is None or n in names)
+    parts = [p.detach().float().cpu().numpy().ravel() for p in chosen]
     return np.concatenate([np.zeros(0, dtype=np.float32), *parts])
 
 

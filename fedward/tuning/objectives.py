@@ -172,7 +172,7 @@ def preference_loss(found: Tensor, batch: Batch) -> Tensor:
     """Loss of each example of ``dpo`` or ``kto``, shape (batch,), float32.
 
     ``dpo``: the sigmoid loss of Rafailov et al. 2023 (arXiv 2305.18290), equation 7. ``kto``: the
-    loss of Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8, with the reference point z0 = 0,
+    loss of Ethayarajh et al. 2024 (arXiv 2402.01306), section 4, with the reference point z0 = 0,
     which is the unpaired APO-zero of D'Oosterlinck et al. 2024 (arXiv 2408.06266).
 
     Args:

@@ -10,7 +10,7 @@ from fedward.plan import Plan
 from fedward.tuning.adapter import adapter_state, from_bytes, layout, load_adapter, to_bytes
 from fedward.tuning.models import load_base
 from fedward.tuning.objectives import Encoded, referred
-from fedward.tuning.tuners import attach
+from fedward.tuning.tuners import attach, personal
 from fedward.tuning.vector import Layout
 
 
@@ -22,7 +22,7 @@ class Tuned:
         model: Its adapter is whoever's used the model last: load one before every use.
         tokenizer: The base's.
         start: The adapter's first state, safetensors bytes; a public function of the plan.
-        layout: Names and shapes of the trainable tensors.
+        layout: Names and shapes of the trainable tensors that the sites share.
     """
 
     model: PeftModel
@@ -45,7 +45,7 @@ def tuned_model(plan: Plan, device: str = "cpu") -> Tuned:
         model=model,
         tokenizer=tokenizer,
         start=to_bytes(adapter_state(model)),
-        layout=layout(model),
+        layout=tuple(entry for entry in layout(model) if entry[0] not in personal(model, plan)),
     )
 
 

@@ -150,12 +150,33 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
         parameter.data = parameter.data.float()
         if ".lora_A." in name:
             _start(parameter, name, plan)
+    _check_personal(model, plan)
     return model
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that training changes, sorted by name: exactly these are the update."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+def personal(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
+    """The trainable parameters that stay at each site, sorted by name."""
+    return {n: p for n, p in trainable(model).items() if _names(plan.tuner.personal, n)}
+
+
+def _names(parts: Collection[str], name: str) -> bool:
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+def _check_personal(model: nn.Module, plan: Plan) -> None:
+    own, names = personal(model, plan), trainable(model)
+    for part in plan.tuner.personal:
+        if not any(_names([part], name) for name in own):
+            raise ConfigurationError(f"[tuner] personal: nothing that is trained is named {part!r}")
+    if own.keys() == names.keys():
+        raise ConfigurationError(
+            "[tuner] personal: nothing is left for the sites to train together"
+        )
 
 
 @contextlib.contextmanager

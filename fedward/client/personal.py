@@ -1,0 +1,86 @@
+"""What of an adapter stays at its site: kept from round to round, and never sent.
+
+Personal parts are trained by the same clipped and noised steps as what is sent, and what is sent
+next depends on them. So they may only go on from a training that the ledger has charged: parts are
+kept under the number of updates of the run that have left, and a training whose update never left
+is forgotten together with its parts.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fedward.canonical import digest
+from fedward.client.training import TrainRequest
+from fedward.plan import Plan
+from fedward.private_files import make_private_folder, write_private
+from fedward.tuning.adapter import State, adapter_state, from_bytes, load_adapter, to_bytes
+
+_LOG = logging.getLogger(__name__)
+
+
+class PersonalParts:
+    """The personal parts of every run of a site, as files of its own.
+
+    Args:
+        folder: Made when it is needed; left out, nothing is kept, and every round begins anew.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def before(self, request: TrainRequest) -> State:
+        """The parts that the run's last update that left was trained with; none at its start.
+
+        Raises:
+            ModelError: The file is damaged.
+        """
+        path = self._path(request, request.spent)
+        if path is not None and path.exists():
+            return from_bytes(path.read_bytes())
+        if request.spent:
+            run = request.attempt.run
+            _LOG.warning("the personal parts of run %r are gone: they begin anew", run)
+        return {}
+
+    def keep(self, request: TrainRequest, parts: Mapping[str, Tensor]) -> None:
+        """Keep what a training made, in case its update leaves; durable on return."""
+        path, before = (self._path(request, request.spent + more) for more in (1, 0))
+        if path is None:
+            return
+        make_private_folder(path.parent)
+        write_private(path, to_bytes({n: part.detach().cpu().clone() for n, part in parts.items()}))
+        for other in set(path.parent.glob("*.safetensors")) - {path, before}:
+            other.unlink()
+
+    def newest(self, plan: Plan) -> State:
+        """The parts that were kept last under a plan; none before the first training.
+
+        For the site's own eyes: the update that they were trained with may not have left yet.
+
+        Raises:
+            ModelError: The file is damaged.
+        """
+        if self._folder is None:
+            return {}
+        files = (self._folder / plan.hash().hex()).glob("*/*.safetensors")
+        path = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+        return {} if path is None else from_bytes(path.read_bytes())
+
+    @staticmethod
+    def put(model: nn.Module, parts: State) -> None:
+        """Set a model's personal parts.
+
+        Raises:
+            ModelError: A tensor is not the model's, or has another shape.
+        """
+        load_adapter(model, adapter_state(model) | parts)
+
+    def _path(self, request: TrainRequest, spent: int) -> Path | None:
+        """Where the parts of a run lie after so many of its updates have left."""
+        if self._folder is None:
+            return None
+        run = digest("run", request.attempt.run).hex()
+        return self._folder / request.plan.hash().hex() / run / f"{spent}.safetensors"

@@ -1,0 +1,235 @@
+"""Personal parts stay: trained and kept at each site, and in nothing that leaves it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+
+from fedward.attempt import Attempt
+from fedward.client.personal import PersonalParts
+from fedward.client.trainer import LocalTrainer
+from fedward.client.training import TrainRequest
+from fedward.errors import ConfigurationError, InvalidValue
+from fedward.messages import parts_of
+from fedward.plan import Plan, Tuner
+from fedward.plan_aggregation import Aggregation
+from fedward.server.store import Phase
+from fedward.tuning.adapter import from_bytes
+from fedward.tuning.tuned import tuned_model
+from fedward.tuning.tuners import personal, trainable
+from fedward.tuning.vector import dimension
+from tests.simulations import tiny
+
+LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+
+
+def plan_of(base: Path, *names: str, **sections: Any) -> Plan:
+    given: dict[str, Any] = {
+        "tuner": Tuner(arguments=LORA, personal=names),
+        "rounds": tiny.make_rounds(optimizer="sgd", learning_rate=0.5),
+        "aggregation": Aggregation(update_clip=10.0),
+        "privacy": tiny.NAKED,
+    }
+    return tiny.make_plan(base, **(given | sections))
+
+
+def request(plan: Plan, number: int = 1, **changes: Any) -> TrainRequest:
+    tuned = tuned_model(plan)
+    return TrainRequest(
+        **{
+            "plan": plan,
+            "attempt": Attempt(run="r", round=number),
+            "draw": 0,
+            "adapter": tuned.start,
+            "layout": tuned.layout,
+            "spent": number - 1,
+        }
+        | changes
+    )
+
+
+def trainer(keep: Path | None, patients: int = 4) -> LocalTrainer:
+    return LocalTrainer(tiny.make_records("a", patients), key=tiny.key("a"), keep=keep)
+
+
+class TestThePlan:
+    def test_names_what_is_personal(self, base):
+        model = tuned_model(plan_of(base, "score"))
+        assert [n for n, _ in model.layout if "score" in n] == []
+        assert any("score" in n for n in trainable(model.model))
+        halves = tuned_model(plan_of(base, "score", "lora_B")).layout
+        assert all("lora_A" in name for name, _ in halves)
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (("scor",), "nothing that is trained is named 'scor'"),
+            (("core",), "nothing that is trained"),
+            (("score", "q_proj"), "nothing is left"),
+        ],
+    )
+    def test_a_name_that_does_not_fit_the_model_is_refused(self, base, names, message):
+        with pytest.raises(ConfigurationError, match=message):
+            tuned_model(plan_of(base, *names))
+
+    @pytest.mark.parametrize("name", ["", "a*", "a b", "é"])
+    def test_a_pattern_is_no_name(self, name):
+        with pytest.raises(InvalidValue, match="plain names"):
+            Tuner(personal=(name,))
+
+    def test_what_needs_both_factors_or_noise_is_refused(self, base):
+        ffa: Any = Aggregation(scheme="ffa")
+        with pytest.raises(InvalidValue, match="one of A and B is personal"):
+            plan_of(base, "lora_B", aggregation=ffa)
+        plan_of(base, "score", aggregation=ffa)
+        with pytest.raises(InvalidValue, match="none in mode 'pooled'"):
+            plan_of(base, "score", mode="pooled")
+
+    def test_a_plan_without_any_has_the_hash_that_it_had(self, base):
+        assert b"personal" not in plan_of(base).to_json()
+        assert plan_of(base).hash() != plan_of(base, "score").hash()
+
+
+class TestTheTrainer:
+    def test_the_update_is_what_is_shared(self, base, tmp_path):
+        plan = plan_of(base, "score")
+        update = trainer(tmp_path).train(request(plan)).update
+        everything = trainer(None).train(request(plan_of(base))).update
+        assert len(update) == dimension(tuned_model(plan).layout) < len(everything)
+        assert update.any()
+
+    def test_one_step_moves_each_part_as_if_all_were_sent(self, base, tmp_path):
+        """Clip and noise are those of the whole: what stays is not left out of the accounting."""
+        private = {"privacy": tiny.make_plan(base).privacy}
+        plan, plain = plan_of(base, "score", **private), plan_of(base, **private)
+        update = trainer(tmp_path).train(request(plan)).update
+        (file,) = tmp_path.rglob("*.safetensors")
+        kept, start = from_bytes(file.read_bytes()), from_bytes(tuned_model(plan).start)
+        assert len(kept) == 1
+        noise = np.concatenate([update, *((kept[n] - start[n]).numpy().ravel() for n in kept)])
+        whole = trainer(None).train(request(plain)).update
+        assert len(noise) == len(whole)
+        assert 0.5 < float(noise.std() / whole.std()) < 2, "other draws of the same noise"
+
+    def test_the_next_round_goes_on_from_what_was_kept(self, base, tmp_path):
+        plan = plan_of(base, "score")
+        first = trainer(tmp_path)
+        first.train(request(plan))
+        again = trainer(tmp_path)  # a restart
+        again.train(request(plan, 2))
+        anew = trainer(tmp_path / "other")
+        anew.train(request(plan, 2))
+        (one,) = (from_bytes(p.read_bytes()) for p in tmp_path.glob("*/*/2.safetensors"))
+        (other,) = (
+            from_bytes(p.read_bytes()) for p in (tmp_path / "other").glob("*/*/2.safetensors")
+        )
+        assert one.keys() == other.keys()
+        assert not any(torch.equal(one[n], other[n]) for n in one)
+
+    def test_a_training_whose_update_never_left_is_forgotten(self, base, tmp_path):
+        """What goes on from it would spend privacy that the ledger does not know of."""
+        plan, parts = plan_of(base, "score"), PersonalParts(tmp_path)
+        trainer(tmp_path).train(request(plan))
+        lost = request(plan, 2, spent=0)
+        assert parts.before(lost) == {}
+        assert parts.before(request(plan, 2)).keys() == personal_names(plan)
+        trainer(tmp_path, patients=6).train(lost)
+        assert [p.stem for p in tmp_path.rglob("*.safetensors")] == ["1"]
+
+    def test_two_runs_of_a_plan_stay_apart(self, base, tmp_path):
+        plan = plan_of(base, "score")
+        trainer(tmp_path).train(request(plan))
+        other = dataclasses.replace(request(plan, 2), attempt=Attempt(run="s", round=2))
+        assert PersonalParts(tmp_path).before(other) == {}
+
+    def test_only_the_last_two_are_kept_and_nobody_else_reads_them(self, base, tmp_path):
+        plan = plan_of(base, "score")
+        for number in (1, 2, 3):
+            trainer(tmp_path).train(request(plan, number))
+        files = sorted(tmp_path.rglob("*.safetensors"))
+        assert [file.stem for file in files] == ["2", "3"]
+        assert all(file.stat().st_mode & 0o077 == 0 for file in files)
+
+    def test_without_a_folder_nothing_is_written(self, base, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        plan = plan_of(base, "score")
+        trainer(None).train(request(plan))
+        assert not list(tmp_path.iterdir())
+        assert PersonalParts(None).newest(plan) == {}
+
+    def test_the_sites_own_evaluation_uses_them(self, base, tmp_path):
+        plan = plan_of(base, "score")
+        records = tiny.make_records("a", 4)
+        own = LocalTrainer(records, held_out=records, key=tiny.key("a"), keep=tmp_path)
+        before = own.evaluate(plan, tuned_model(plan).start).loss
+        for number in (1, 2, 3):
+            own.train(request(plan, number))
+        after = own.evaluate(plan, tuned_model(plan).start).loss
+        assert after < before
+        stranger = LocalTrainer(records, held_out=records, keep=tmp_path / "empty")
+        assert stranger.evaluate(plan, tuned_model(plan).start).loss == before
+
+
+def personal_names(plan: Plan) -> Any:
+    return personal(tuned_model(plan).model, plan).keys()
+
+
+def run(folder: Path, plan: Plan) -> tuple[list[bytes], dict[str, Path]]:
+    """A federation of four; everything that crossed, and where each site keeps its parts."""
+    seen = list[bytes]()
+
+    def watch(message: Message) -> None:
+        if message.has_content():
+            seen.extend(parts_of(message.content).values())
+
+    sites = tiny.make_sites()
+    keeps = {name: folder / "personal" / name for name in sites}
+    trainers = {
+        name: LocalTrainer(records, key=tiny.key(name), keep=keeps[name])
+        for name, records in sites.items()
+    }
+    tiny.make_federation(folder / "run", plan, trainers, watch=watch).run()
+    return seen, keeps
+
+
+def test_nothing_of_them_leaves_the_site(base, tmp_path):
+    plan = plan_of(base, "score")
+    seen, keeps = run(tmp_path, plan)
+    everything = b"".join(seen)
+    assert tiny.cohorts(tmp_path / "run") == [[0, 1, 2, 3]] * 2
+    start = from_bytes(tuned_model(plan).start)
+    found = set[bytes]()
+    for keep in keeps.values():
+        for file in keep.rglob("*.safetensors"):
+            for name, part in from_bytes(file.read_bytes()).items():
+                assert not torch.equal(part, start[name]), "it was trained"
+                numbers = part.numpy().ravel()
+                found |= {numbers[i : i + 2].tobytes() for i in range(0, len(numbers) - 1, 2)}
+    assert len(found) > 100
+    assert len({keep.name for keep in keeps.values()}) == 4
+    assert not any(piece in everything for piece in found)
+    # The control: every tensor of the first task, their public start among them, is found so.
+    for name, part in start.items():
+        assert part.numpy().ravel()[:2].tobytes() in everything, name
+    (*_, facts) = [facts for _, facts in tiny.facts_of(tmp_path / "run", Phase.COMMITTED)]
+    # The coordinator's adapter has them as the plan starts them.
+    last = from_bytes(tiny.blob(tmp_path / "run", facts["adapter"]))
+    for name in personal_names(plan):
+        assert torch.equal(last[name], start[name])
+    moved = [name for name in last if not torch.equal(last[name], start[name])]
+    assert moved
+
+
+def test_masked_words_are_those_of_the_shared_parts(base, tmp_path):
+    sizes = []
+    for names in ((), ("score",)):
+        plan = plan_of(base, *names)
+        seen, _ = run(tmp_path / str(len(names)), plan)
+        words = 4 * dimension(tuned_model(plan).layout)
+        assert sum(len(part) == words for part in seen) >= 8, "two rounds of four sites"
+        sizes.append(words)
+    assert sizes[0] > sizes[1]
