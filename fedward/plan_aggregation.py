@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedward import typed_toml
 from fedward.errors import require
 
 
@@ -15,10 +16,14 @@ class Cohort:
     Args:
         minimum: Fewest sites in a sum, max(3, colluders + 2) to 100000.
         colluders: Sites that may work together with the coordinator, 0 or more.
+        groups: 1, or 3 to 1000: sites are dealt to so many groups in each round, each group has a
+            sum of its own, and the median of their means counts. Minimum and colluders then hold
+            for each group.
     """
 
     minimum: int = 3
     colluders: int = 1
+    groups: int = field(default=1, metadata={typed_toml.LATER: True})
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -26,6 +31,7 @@ class Cohort:
         lowest = max(3, self.colluders + 2)
         allowed = f"{lowest} to 100000 with {self.colluders} colluders"
         require(lowest <= self.minimum <= 100000, "minimum", self.minimum, allowed)
+        require(self.groups in {1, *range(3, 1001)}, "groups", self.groups, "1, or 3 to 1000")
 
 
 @dataclass(frozen=True, kw_only=True)
