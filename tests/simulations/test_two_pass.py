@@ -17,13 +17,14 @@ from fedward.aggregation.published import SumResult
 from fedward.aggregation.rules import Rule, masked_bytes
 from fedward.aggregation.transcript import second_task_hash
 from fedward.attempt import Attempt
-from fedward.canonical import digest
+from fedward.canonical import Json, digest
 from fedward.client.narrow import widened
 from fedward.errors import CohortTooSmall, InvalidValue, ProtocolError, RoundError
 from fedward.messages import MESSAGE_TYPES
 from fedward.plan import Plan, Tuner
 from fedward.plan_aggregation import Aggregation
 from fedward.server.rounds import RoundEngine
+from fedward.server.sessions import Observer
 from fedward.server.store import Phase
 from fedward.simulations.federation import RUN
 from fedward.simulations.grid import FIRST_NODE
@@ -31,6 +32,7 @@ from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import vector_of
 from tests.simulations import tiny
 from tests.simulations.test_federation import bytes_of_masked, reviving_at_once
+from tests.simulations.test_kill import Killed
 
 SKETCH = Aggregation(scheme="sketch", update_clip=10.0)
 ROUNDS = tiny.make_rounds(steps=3, optimizer="sgd", learning_rate=0.5, spare=2)
@@ -119,6 +121,40 @@ def test_a_site_lost_in_the_second_pass_costs_the_round_and_new_updates(tmp_path
         assert spent[0] == (1, 1, 1), "the round is charged"
         results = [result.update for result in trainers[federation.names[site]].results]
         assert len({update.tobytes() for update in results}) == len(results), "fresh noise"
+
+
+def killing_second(phase: Phase) -> Observer:
+    """Ends everything at the first event of a phase in a second pass."""
+
+    def observe(attempt: Attempt, found: Phase, site: int, facts: Json) -> None:
+        if (attempt.round, attempt.session, found) == (1, 2, phase):
+            raise Killed
+
+    return observe
+
+
+@pytest.mark.parametrize(
+    "phase", [Phase.INVITED, Phase.KEYS, Phase.MASKED, Phase.CONSISTENT, Phase.UNMASKED]
+)
+def test_a_kill_between_the_passes_loses_the_round_and_no_more(tmp_path, plan, phase):
+    """Coordinator and sites are gone in the second pass: nothing of the first is summed again."""
+    trainers = tiny.recorders(tiny.make_sites(3))
+    federation = tiny.make_federation(tmp_path, plan, trainers)
+    with pytest.raises(Killed):
+        federation.run(killing_second(phase))
+    federation = tiny.make_federation(tmp_path, plan, trainers)
+    federation.run()
+    committed = tiny.facts_of(tmp_path, Phase.COMMITTED)
+    assert [attempt.order for attempt, _ in committed] == [(1, 4, 2), (2, 2, 1)]
+    before = tuned_model(plan).start
+    for number, (_, facts) in enumerate(committed):
+        updates = [trainer.results[number + 1].update for trainer in trainers.values()]
+        after = tiny.blob(tmp_path, facts["adapter"])
+        assert product_error(plan, before, after, updates)[0] < 1e-4
+        before = after
+    for site, name in enumerate(federation.names):
+        assert tiny.sent(tmp_path, site) == [(1, 1, 1), (1, 3, 2), (2, 1, 1)]
+        assert federation.epsilon_spent(name) <= plan.privacy.epsilon
 
 
 class Dropping(RoundEngine):
