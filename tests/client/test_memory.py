@@ -14,6 +14,7 @@ from fedward.errors import LedgerError, LedgerRolledBack
 from fedward.identity import Identity
 from fedward.messages import Receipt, countersign
 from fedward.privacy.accounting import SampledGaussian
+from fedward.privacy.chain import Chain
 from fedward.privacy.ledger import Ledger
 
 IDENTITY, COORDINATOR = Identity(bytes(32)), Identity(bytes([9]) * 32)
@@ -163,6 +164,17 @@ def spend(ledger: Ledger, attempt: Attempt) -> None:
 
 def receipt_for(ledger: Ledger) -> Receipt:
     return countersign(COORDINATOR, IDENTITY.public_key, ledger.head)
+
+
+def test_an_entry_of_a_newer_version_is_refused(reopen, ledger, tmp_path):
+    reopen().close()
+    with Chain(tmp_path / "memory.jsonl", IDENTITY, purpose="fedward memory") as chain:
+        chain.append({"kind": "released", "session": "00"})
+    reopen().close()
+    with Chain(tmp_path / "memory.jsonl", IDENTITY, purpose="fedward memory") as chain:
+        chain.append({"kind": "promised", "session": "00"})
+    with pytest.raises(LedgerError, match="'promised'; a newer version wrote it"):
+        reopen()
 
 
 def test_a_ledger_restored_alone_is_noticed_on_start(reopen, ledger, tmp_path):

@@ -1,4 +1,4 @@
-"""Writes the measured parts of ``docs/faults.md``: every pair, and how often each place failed.
+"""Writes the measured parts of ``docs/faults.md``: pairs, restores, and how often a place failed.
 
 ``python -m fedward.simulations.faults.page docs/faults.md 1000``
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from fedward.failpoints import NAMES
 from fedward.simulations.faults.laboratory import run_seed
 from fedward.simulations.faults.matrix import ONCE, ROWS, pairs, try_pair
+from fedward.simulations.faults.restores import RESTORES, try_restore
 from fedward.simulations.faults.schedule import AT_A_MESSAGE, POINTS, STAGES
 
 
@@ -21,7 +22,11 @@ def write_page(path: Path, schedules: int) -> None:
         path: The page; between its markers everything is replaced.
         schedules: How many, at least 1.
     """
-    parts = {"pairs": [*pair_lines()], "schedules": [*schedule_lines(schedules)]}
+    parts = {
+        "pairs": [*pair_lines()],
+        "restores": [*restore_lines()],
+        "schedules": [*schedule_lines(schedules)],
+    }
     text = path.read_text(encoding="utf-8")  # only now: the runs take minutes
     for name, lines in parts.items():
         text = replace_part(text, name, lines)
@@ -55,6 +60,17 @@ def pair_lines() -> Iterator[str]:
     yield ""
     broken = [str(v) for cell in cells.values() for v in cell.outcome.violations]
     yield f"{len(cells)} pairs; {len(broken)} violations of I1 to I9."
+
+
+def restore_lines() -> Iterator[str]:
+    """A Markdown table: an older copy in the place of a party's files."""
+    yield "| restored after round 3 | copied after round | with the copy | then | the operator |"
+    yield "|---|---|---|---|---|"
+    for restore in RESTORES:
+        found = try_restore(restore)
+        sums = [", ".join(map(str, s)) or "none" for s in (found.before, found.after)]
+        broken = "".join(f" **{violation}**" for violation in found.violations)
+        yield f"| {restore.name} | {restore.copied} | {' | '.join(sums)} | {restore.sees}{broken} |"
 
 
 def schedule_lines(schedules: int) -> Iterator[str]:

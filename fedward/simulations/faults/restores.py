@@ -43,7 +43,7 @@ class Restore:
 
 RESTORES = (
     Restore(
-        name="a site's folder, two rounds old",
+        name="a site's folder",
         sees="`left out: refused-ledger`; the site's log names the line that is missing. Bring "
         "back the newest copy",
     ),

@@ -113,4 +113,4 @@ def test_no_schedule_breaks_an_invariant():
 
 @pytest.mark.slow
 def test_no_schedule_of_many_breaks_an_invariant():
-    run_machine(500)
+    run_machine(1000)

@@ -7,6 +7,7 @@ import pytest
 
 from fedward.simulations.faults.matrix import ONCE, ROWS, pairs, try_pair
 from fedward.simulations.faults.page import pair_lines
+from fedward.simulations.faults.restores import RESTORES
 from fedward.simulations.faults.schedule import AT_A_MESSAGE, POINTS, STAGES
 
 PAGE = Path(__file__).parents[3] / "docs" / "faults.md"
@@ -57,6 +58,11 @@ def test_a_pair_comes_out_as_the_page_says(pair):
 def test_every_pair_comes_out_as_the_page_says():
     text = "".join(f"{line}\n" for line in pair_lines())
     assert text in PAGE.read_text("utf-8")
+
+
+def test_the_page_has_every_restore():
+    said = {name: (sees, bool(sums)) for name, _, sums, _, sees in rows("restores")[1:]}
+    assert said == {restore.name: (restore.sees, True) for restore in RESTORES}
 
 
 def test_the_page_has_every_failpoint_and_each_failed_often():

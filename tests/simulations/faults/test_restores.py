@@ -8,7 +8,7 @@ from fedward.simulations.faults.restores import RESTORES, Restore, try_restore
 
 BY_NAME = {restore.name: restore for restore in RESTORES}
 EXPECTED: dict[str, tuple[tuple[int, ...], tuple[int, ...], str]] = {
-    "a site's folder, two rounds old": ((3,), (4,), "refused-ledger"),
+    "a site's folder": ((3,), (4,), "refused-ledger"),
     "a site's ledger alone": ((3,), (4,), "does not start: LedgerRolledBack"),
     "a site's journal alone": ((3,), (4,), "does not start: LedgerRolledBack"),
     "a site's memory alone": ((3,), (4,), "protocol-aborted"),
