@@ -25,7 +25,7 @@ ONCE = {"chain.cut", "ledger.run"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What there is after some attempts at rounds."""
+    """Bytes that there are after some attempts at rounds: the process's memory, and files."""
 
     attempts: int
     memory: int
@@ -70,7 +70,7 @@ def soak(folder: Path, rounds: int) -> tuple[World, list[Sizes]]:
     with world.at_work():
         while not world.go():
             pass
-    sizes.append(Sizes.of(world))
+    sizes[MARKS:] = [Sizes.of(world)]
     return world, sizes
 
 
@@ -81,4 +81,14 @@ def test_two_hundred_rounds(tmp_path):
     assert not check(world)
     assert len(world.watch.committed()) == ROUNDS
     assert len(world.history.fired) > ROUNDS // 2
-    (tmp_path / "sizes").write_text("\n".join(map(str, sizes)))
+    start, warm, *_, before, end = sizes
+    assert end.memory - warm.memory < 16 << 20, sizes
+    assert end.others <= 1.1 * warm.others, sizes
+    for what in ("chains", "coordinator"):  # bytes an attempt, in the first and the last quarter
+        first, last = growth(what, start, warm), growth(what, before, end)
+        assert 0 < last <= 1.25 * first, (what, sizes)
+
+
+def growth(what: str, one: Sizes, other: Sizes) -> float:
+    """Bytes an attempt."""
+    return (getattr(other, what) - getattr(one, what)) / (other.attempts - one.attempts)
