@@ -31,11 +31,13 @@ def collect(grid: Grid, messages: list[Message], seconds: float, clock: Clock) -
     """
     waiting = set(grid.push_messages(messages))
     end, pause, found = clock.monotonic() + seconds, 0.001, list[Message]()
-    while waiting and clock.monotonic() < end:
+    over = False
+    while waiting and not over:
+        over = clock.monotonic() >= end  # then one look more: this process may have stood still
         replies = list(grid.pull_messages(waiting))
         found += replies
         waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-        if waiting and not replies:
+        if waiting and not (replies or over):
             clock.sleep(pause)
             pause = min(pause * 1.5, _POLL_SECONDS)
     return found
