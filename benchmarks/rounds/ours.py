@@ -40,31 +40,12 @@ def rounds(ground: Ground, scratch: Path, *, numbers: int, count: int) -> list[R
         numbers: Float32 numbers of the adapter.
         count: Rounds.
     """
-    layout: Layout = tuple((f"t{n:02}", (numbers // TENSORS,)) for n in range(TENSORS))
-    vector = np.random.default_rng(0).standard_normal(numbers, dtype=np.float32)
-    start = replace_vector(b"\x02\0\0\0\0\0\0\0{}", layout, vector)
-    files = scratch / "start", scratch / "layout"
+    start, layout = first_adapter(numbers)
     scratch.mkdir(parents=True)
-    for file, data in zip(files, (start, layout_to_bytes(layout)), strict=True):
-        file.write_bytes(data)
+    files = write_first(scratch, start, layout)
     coordinator = ground.coordinator
     with Processes(scratch) as processes:
-        python = (sys.executable, "-m")
-        processes.start(
-            "coordinator",
-            *(*python, "fedward", "coordinator", "serve", "--coordinator", str(coordinator.root)),
-        )
-        for number, (name, site) in enumerate(zip(SITES, ground.sites, strict=True)):
-            processes.start(
-                name, *python, "rounds.site", str(site.root), *map(str, files), str(number)
-            )
-        state = open_state(coordinator.fleet_database)
-
-        def all_online() -> bool:
-            online = [node for node in state.get_node_info() if node.status == "online"]
-            return len(online) == len(SITES)
-
-        processes.wait("three sites", all_online)
+        start_all(processes, ground, *files)
         book = RunBook(coordinator.runs)
         book.submit(scratch.name, plan(count), start, layout)
         watch = _Watch(RunStore(coordinator.runs), scratch.name, count)
@@ -73,6 +54,49 @@ def rounds(ground: Ground, scratch: Path, *, numbers: int, count: int) -> list[R
         processes.wait("the end", lambda: book.state(scratch.name) in ended)
         watch.close()
     return watch.rounds()
+
+
+def first_adapter(numbers: int) -> tuple[bytes, Layout]:
+    """The adapter that a run starts with, of so many numbers, and its tensors."""
+    layout: Layout = tuple((f"t{n:02}", (numbers // TENSORS,)) for n in range(TENSORS))
+    vector = np.random.default_rng(0).standard_normal(numbers, dtype=np.float32)
+    return replace_vector(b"\x02\0\0\0\0\0\0\0{}", layout, vector), layout
+
+
+def write_first(folder: Path, start: bytes, layout: Layout) -> tuple[str, str]:
+    """Write both into files, for the trainers."""
+    files = folder / "start", folder / "layout"
+    for file, data in zip(files, (start, layout_to_bytes(layout)), strict=True):
+        file.write_bytes(data)
+    return str(files[0]), str(files[1])
+
+
+def start_coordinator(processes: Processes, ground: Ground) -> None:
+    """Start ``coordinator serve``."""
+    command = ("-m", "fedward", "coordinator", "serve", "--coordinator")
+    processes.start("coordinator", sys.executable, *command, str(ground.coordinator.root))
+
+
+def start_site(processes: Processes, ground: Ground, number: int, *for_trainer: str) -> None:
+    """Start a site's daemon."""
+    site = str(ground.sites[number].root)
+    processes.start(SITES[number], sys.executable, "-m", "rounds.site", site, *for_trainer)
+
+
+def start_all(
+    processes: Processes, ground: Ground, start: str, layout: str, *for_trainer: str
+) -> None:
+    """Start everything, and wait until all sites are online."""
+    start_coordinator(processes, ground)
+    for number in range(len(SITES)):
+        start_site(processes, ground, number, start, layout, str(number), *for_trainer)
+    state = open_state(ground.coordinator.fleet_database)
+
+    def all_online() -> bool:
+        online = [node for node in state.get_node_info() if node.status == "online"]
+        return len(online) == len(SITES)
+
+    processes.wait("three sites", all_online)
 
 
 class _Watch:

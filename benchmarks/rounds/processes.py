@@ -79,6 +79,32 @@ class Processes:
                 start_new_session=True,
             )
 
+    def lives(self, name: str) -> bool:
+        """Whether a program that was started runs still."""
+        return self._running[name].poll() is None
+
+    def kill(self, name: str, part: str = "") -> None:
+        """Kill (-9) a program and all that it has started, or of those among them.
+
+        Args:
+            name: The program.
+            part: A word of the command of those that are meant; left out, all of them.
+
+        Raises:
+            LookupError: None of them has that word in its command.
+        """
+        tree = [self._running[name].pid]
+        for parent in tree:  # grows as it goes
+            tree += _children(parent)
+        meant = [process for process in tree if part in _command(process)]
+        if not meant:
+            raise LookupError(f"{name} has no process {part!r}")
+        for process in meant:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        if not part:
+            self._running[name].wait()
+
     def run(self, name: str, *command: str) -> None:
         """Run a program to its end.
 
@@ -89,6 +115,17 @@ class Processes:
             subprocess.run(  # noqa: S603  # our own command
                 command, check=True, cwd=BENCHMARKS, env=self._home(name), stdout=log, stderr=log
             )
+
+    def ask(self, name: str, *command: str) -> bytes:
+        """What a program prints; nothing if it fails."""
+        done = subprocess.run(  # noqa: S603  # our own command
+            command, check=False, cwd=BENCHMARKS, env=self._home(name), capture_output=True
+        )
+        return b"" if done.returncode else done.stdout
+
+    def log(self, name: str) -> str:
+        """What a program has written so far."""
+        return self._log(name).read_text(errors="replace")
 
     def wait(self, what: str, holds: Callable[[], bool], pause: float = 0.05) -> None:
         """Wait until something holds.
@@ -120,6 +157,23 @@ class Processes:
             "\n".join([f"-- {log.name}", *log.read_text(errors="replace").splitlines()[-20:]])
             for log in logs
         )
+
+
+def _children(parent: int) -> list[int]:
+    """The processes that a process has started; none if it is gone."""
+    found = list[int]()
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{parent}/task").iterdir():
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def _command(process: int) -> str:
+    """What a process was started as; nothing if it is gone."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
 
 
 def answers(port: int) -> bool:

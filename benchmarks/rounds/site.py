@@ -12,13 +12,18 @@ from fedward.client.site_folder import SiteFolder
 from fedward.client.trainer_process import TrainerProcess
 
 
-def main(root: str, start: str, layout: str, site: str) -> None:
-    """Answer the coordinator until SIGTERM."""
+def main(root: str, *for_trainer: str) -> None:
+    """Answer the coordinator until SIGTERM.
+
+    Args:
+        root: The site's folder.
+        for_trainer: What :mod:`rounds.trainer` is given beside its socket.
+    """
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     folder = SiteFolder.load(Path(root))
     command = [sys.executable, "-m", "rounds.trainer", str(folder.trainer_socket)]
-    process = TrainerProcess([*command, start, layout, site], dict(os.environ))
+    process = TrainerProcess([*command, *for_trainer], dict(os.environ))
     process.start()
     try:
         run_site(folder, RemoteTrainer(folder.trainer_socket, process=process), stop)

@@ -5,6 +5,7 @@ The real service on the real socket: the adapter comes in, as always, and the up
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -28,9 +29,14 @@ class Fixed(LocalTrainer):
         start: The adapter that the run starts with.
         layout: Its tensors, as bytes.
         site: Makes the update another one than that of the other sites.
+        seconds: How long it sleeps, as if it trained.
+        marks: Where it says that it has begun a round; nowhere if it is left out.
     """
 
-    def __init__(self, start: bytes, layout: bytes, site: int) -> None:
+    def __init__(
+        self, start: bytes, layout: bytes, site: int, seconds: float, marks: Path | None
+    ) -> None:
+        self._site, self._seconds, self._marks = site, seconds, marks
         self._tuned = Tuned(
             model=cast("PeftModel", None),
             tokenizer=cast("PreTrainedTokenizerBase", None),
@@ -48,6 +54,9 @@ class Fixed(LocalTrainer):
 
     def train(self, request: TrainRequest) -> TrainResult:
         """The fixed update."""
+        if self._marks is not None:
+            (self._marks / f"{self._site}-{request.attempt.round}").touch()
+        time.sleep(self._seconds)
         return TrainResult(update=self._update, slots=np.zeros(0))
 
 
@@ -57,9 +66,14 @@ def _update(length: int, site: int) -> Vector:
     return update * np.float32(0.5 / np.sqrt(length))
 
 
-def main(socket: str, start: str, layout: str, site: str) -> None:
+def main(
+    socket: str, start: str, layout: str, site: str, seconds: str = "0", marks: str | None = None
+) -> None:
     """Serve until the agent is gone."""
-    trainer = Fixed(Path(start).read_bytes(), Path(layout).read_bytes(), int(site))
+    folder = None if marks is None else Path(marks)
+    trainer = Fixed(
+        Path(start).read_bytes(), Path(layout).read_bytes(), int(site), float(seconds), folder
+    )
 
     def make(plan: Plan, dataset: str, on_step: Callable[[int], None]) -> LocalTrainer:
         return trainer

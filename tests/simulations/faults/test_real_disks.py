@@ -136,7 +136,7 @@ def rounds(world: World) -> list[tuple[int, list[int]]]:
 
 
 @pytest.fixture
-def disk(tmp_path) -> Iterator[SmallDisk]:
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     folder = SiteFolder.create(tmp_path / "site", SiteConfig(name="north"))
     disk = SmallDisk(folder.root, 64)
     yield disk

@@ -91,4 +91,4 @@ def test_two_hundred_rounds(tmp_path):
 
 def growth(what: str, one: Sizes, other: Sizes) -> float:
     """Bytes an attempt."""
-    return (getattr(other, what) - getattr(one, what)) / (other.attempts - one.attempts)
+    return float(getattr(other, what) - getattr(one, what)) / (other.attempts - one.attempts)
