@@ -119,6 +119,13 @@ def test_a_job_that_would_not_go_on_with_the_adapter_is_refused(
         fallback_job(make_plan(base), job)
 
 
+def test_a_plan_of_preferences_has_no_job(base, public, tmp_path):
+    pairs = Data(unit="patient", site="hospital", prompt="p", chosen="c", rejected="r")
+    plan = make_plan(base, task=Task(objective="dpo", max_length=16), data=pairs)
+    with pytest.raises(ConfigurationError, match="'dpo' cannot be trained on centrally, only sft"):
+        fallback_job(plan, write_job(tmp_path, base, public))
+
+
 CLASSES = Task(objective="classify", labels=tiny.LABELS, max_length=16)
 
 

@@ -21,6 +21,6 @@ class ClassifyConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # theirs
         if self.max_length < 1:
             raise ValueError(f"max_length: expected 1 or more, got {self.max_length}")

@@ -68,9 +68,9 @@ def test_a_model_in_pieces_is_trained_and_saved_as_a_whole_one(tmp_path, tuner):
     In float32, because bfloat16 on a CPU says nothing of that on a GPU.
     """
     fsdp2 = ROOT / "examples" / "central" / "scale" / "fsdp2.yaml"
-    command = "-m accelerate.commands.launch --num_processes 2 --mixed_precision no".split()
+    options = ["--config_file", str(fsdp2), "--num_processes", "2", "--mixed_precision", "no"]
     opened = str(Path(__file__).with_name("sharded.py"))
-    launch = [*command, "--config_file", str(fsdp2), opened]
+    launch = ["-m", "accelerate.commands.launch", *options, opened]
     one = losses(tmp_path, "one", 4, "-m", "fedward", tuner=tuner)
     two = losses(tmp_path, "two", 2, *launch, tuner=tuner, save="steps")
     assert two == pytest.approx(one, abs=1e-4)
