@@ -357,13 +357,12 @@ def test_sections_that_do_not_fit_each_other_are_refused(full):
         replace(full, data=Data(prompt="q", completion="a"))
     replace(full, data=Data(prompt="q", completion="a"), task=Task(objective="sft"))
     pairs = Data(prompt="q", chosen="a", rejected="b")
-    for objective, data, message in (
-        ("sft", pairs, "'dpo' with chosen"),
-        ("dpo", Data(prompt="q", completion="a"), "prompt, chosen and rejected"),
-        ("kto", pairs, "prompt and completion"),
-        ("kto", Data(), "prompt and completion"),
+    for task, data, message in (
+        (Task(objective="sft"), pairs, "'dpo' with chosen"),
+        (Task(objective="dpo"), Data(prompt="q", completion="a"), "prompt, chosen and rejected"),
+        (Task(objective="kto"), pairs, "prompt and completion"),
+        (Task(objective="kto"), Data(), "prompt and completion"),
     ):
-        task: Any = Task(objective=objective)
         with pytest.raises(InvalidValue, match=message):
             replace(full, data=data, task=task)
     replace(full, data=pairs, task=Task(objective="dpo", beta=0.5))

@@ -88,7 +88,7 @@ def teach(folder: Path, steps: int = 150) -> None:
             logits[:, :-1].transpose(1, 2), batch[:, 1:], ignore_index=int(tokenizer.pad_token_id)
         )
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     model.save_pretrained(folder)
 

@@ -39,17 +39,15 @@ def plan_of(base: Path, *names: str, **sections: Any) -> Plan:
 
 def request(plan: Plan, number: int = 1, **changes: Any) -> TrainRequest:
     tuned = tuned_model(plan)
-    return TrainRequest(
-        **{
-            "plan": plan,
-            "attempt": Attempt(run="r", round=number),
-            "draw": 0,
-            "adapter": tuned.start,
-            "layout": tuned.layout,
-            "spent": number - 1,
-        }
-        | changes
-    )
+    given: dict[str, Any] = {
+        "plan": plan,
+        "attempt": Attempt(run="r", round=number),
+        "draw": 0,
+        "adapter": tuned.start,
+        "layout": tuned.layout,
+        "spent": number - 1,
+    }
+    return TrainRequest(**(given | changes))
 
 
 def trainer(keep: Path | None, patients: int = 4) -> LocalTrainer:

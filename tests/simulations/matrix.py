@@ -50,11 +50,11 @@ OBJECTIVES: dict[str, tuple[Any, Any]] = {
     "sft": (Task(objective="sft", max_length=16), {}),
     "dpo": (
         Task(objective="dpo", max_length=16),
-        {"prompt": "text", "chosen": "label", "rejected": "hospital"},
+        {"prompt": "hospital", "chosen": "text", "rejected": "label"},
     ),
     "kto": (
         Task(objective="kto", max_length=16),
-        {"prompt": "text", "completion": "hospital", "label": "wanted"},
+        {"prompt": "hospital", "completion": "text", "label": "wanted"},
     ),
 }
 WAYS = ("fedavg", "ffa", "alternating", "sketch", "sketch-once", "pooled")
@@ -113,8 +113,8 @@ def outcome(base: Path, folder: Path, cell: Cell) -> str:
 
 
 def _wanted(records: Records) -> Records:
-    """The records with a column of whether the answer is wanted, half and half."""
-    rows = [{**row, "wanted": number % 2 == 0} for number, row in enumerate(records.rows)]
+    """The records with a column of whether the answer is wanted: every other patient's."""
+    rows = [{**row, "wanted": number % 4 < 2} for number, row in enumerate(records.rows)]
     return dataclasses.replace(records, rows=tuple(rows))
 
 

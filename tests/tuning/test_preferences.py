@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ SINGLE = [
     for pair in PAIRS
     for key in ("chosen", "rejected")
 ]
-ROWS = {"dpo": PAIRS, "kto": SINGLE}
+ROWS: dict[str, Sequence[dict[str, Any]]] = {"dpo": PAIRS, "kto": SINGLE}
 COLUMNS = {
     "dpo": Data(prompt="prompt", chosen="chosen", rejected="rejected"),
     "kto": Data(prompt="prompt", completion="completion"),
@@ -81,10 +82,10 @@ def trl(folder: Path, tuned: Tuned, objective: str, **changes: Any) -> Any:
         "output_dir": str(folder), "report_to": "none", "use_cpu": True, "bf16": False,
         "activation_checkpointing": False, "max_length": 32, "disable_dropout": True,
     }  # fmt: skip
-    return kind(  # type: ignore[arg-type]  # one config for each
+    return kind(
         copy.deepcopy(tuned.model),
         args=config(**usual | changes),
-        train_dataset=Dataset.from_list(ROWS[objective]),
+        train_dataset=Dataset.from_list(list(ROWS[objective])),
         processing_class=tuned.tokenizer,
     )
 
@@ -112,7 +113,7 @@ def test_loss_and_gradients_are_trls(models, tmp_path, objective, changes, their
     for name, parameter in trainable(tuned.model).items():
         torch.testing.assert_close(parameter.grad, twins[name].grad, atol=1e-5, rtol=1e-4)
     # The control: another strength is another loss.
-    other = dataclasses.replace(encoded, beta=encoded.beta * 1.1)
+    other = dataclasses.replace(encoded, beta=1.1 * changes["beta"])
     assert abs(float((losses(tuned.model, other).mean() - peers).detach())) > 1e-4
 
 
@@ -136,7 +137,7 @@ def test_what_kto_leaves_out_is_what_couples_trls_records(models, tmp_path):
     def ours(chosen: list[int]) -> float:
         return float(losses(tuned.model, encoded, chosen).detach().sum())
 
-    def coupling(total: Any) -> float:
+    def coupling(total: Callable[[list[int]], float]) -> float:
         return abs(total([0, 1, 2, 3]) - total([0, 2]) - total([1, 3]))
 
     assert coupling(ours) < 1e-5
@@ -183,7 +184,7 @@ def test_accuracy_is_the_share_of_pairs_whose_better_answer_is_likelier(models):
     with torch.no_grad():
         wanted = (scores(tuned.model.eval(), batch) > 0).double()
     found = evaluate(tuned.model, encoded)
-    assert found.correct is not None
+    assert found.correct is not None and found.accuracy is not None
     assert found.correct.tolist() == wanted.tolist()
     assert found.accuracy == float(wanted.mean())
     turned = [
