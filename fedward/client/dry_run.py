@@ -16,12 +16,14 @@ import torch
 from fedward.aggregation.packing import pack
 from fedward.aggregation.parameters import Limits, SessionParameters
 from fedward.aggregation.planned import planned_session, update_event
+from fedward.aggregation.rules import masked_bytes
 from fedward.aggregation.session_memory import VolatileMemory
 from fedward.aggregation.site_session import SiteSession
 from fedward.aggregation.tally import Tally
 from fedward.attempt import Attempt
 from fedward.client.approval import source_reasons
 from fedward.client.enrol import own_membership, pinned_roster
+from fedward.client.narrow import narrowed, own_rank
 from fedward.client.policy import load_policy
 from fedward.client.site_folder import SiteFolder
 from fedward.client.site_trainer import trainer_maker
@@ -102,15 +104,16 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
     request = TrainRequest(
         plan=plan, attempt=attempt, draw=0, adapter=tuned.start, layout=tuned.layout
     )
-    trainer.prepare(request)
+    own = own_membership(folder, roster)
+    asked = narrowed(request, own_rank(plan, own.name))
+    trainer.prepare(asked)
     loaded = time.monotonic()
-    result = trainer.train(request)
+    trainer.train(asked)
     trained = time.monotonic()
     session = planned_session(
         plan, roster, attempt, task_hash=bytes(32), dimension=request.rule.words
     )
-    update = request.rule.to_send(result.update)
-    words = pack(update, result.slots, session, SecureStream()).nbytes
+    words, _ = masked_bytes(plan, tuned.layout)
     costs = (update_event(plan, session), metric_event(plan))
     events = [event for event in costs if event is not None]
     count = plan.rounds.count + plan.rounds.spare
@@ -128,7 +131,7 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
         plan=plan.hash().hex(),
         dataset=dataset,
         refused=(*policy.reasons(plan), *source_reasons(folder, plan, policy, dataset)),
-        bytes_out=_letters(plan, roster, own_membership(folder, roster).id) + words,
+        bytes_out=_letters(plan, roster, own.id, request.rule.passes) + words,
         update_bytes=words,
         epsilon_round=epsilon(events, policy.delta),
         epsilon_run=epsilon([event.times(count) for event in events], policy.delta),
@@ -142,7 +145,7 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
     )
 
 
-def _letters(plan: Plan, roster: Roster, site: int) -> int:
+def _letters(plan: Plan, roster: Roster, site: int, passes: int = 1) -> int:
     """Bytes of one site's answers in a round, without the masked update.
 
     A whole session is held among the roster's sites with keys made for it. Its update has one
@@ -160,7 +163,7 @@ def _letters(plan: Plan, roster: Roster, site: int) -> int:
     session = planned_session(plan, actors, attempt, task_hash=bytes(32), dimension=1)
     messages = _session(session, actors, keys, site)
     size = 0
-    for action in ("task", *messages, "evaluate"):
+    for action in (*("task", "second")[:passes], *[*messages] * passes, "evaluate"):
         parts = {"message": messages[action]} if action in messages else {}
         letter = Letter(
             action=action,

@@ -13,11 +13,12 @@ from fedward.aggregation.planned import planned_session
 from fedward.attempt import Attempt
 from fedward.client import dry_run as module
 from fedward.client.dry_run import dry_run
-from fedward.client.enrol import pinned_roster
+from fedward.client.enrol import own_membership, pinned_roster
 from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError, DataError, ModelError
 from fedward.messages import open_letter
 from fedward.plan import Metrics
+from fedward.plan_aggregation import Aggregation
 from fedward.privacy.accounting import SampledGaussian
 from fedward.privacy.ledger import Ledger
 from tests.client.desk import PLAN, RUN, Desk
@@ -49,6 +50,20 @@ def test_a_plan_is_tried_and_nothing_is_written(site, base, metrics):
     assert found.rounds_left == (3 if metrics is None else found.rounds_left)
     assert found.round_seconds > 0
     assert found.memory_bytes > 1 << 20
+
+
+def test_a_plan_with_two_passes_and_a_rank_of_its_own(site, base):
+    """A round then has two sessions; what is sent does not depend on the site's rank."""
+    plan = tiny.make_plan(base, aggregation=Aggregation(scheme="sketch"))
+    name = own_membership(site, pinned_roster(site)).name
+    narrow = dataclasses.replace(plan, tuner=dataclasses.replace(plan.tuner, ranks={name: 1}))
+    one, two, third = (
+        dry_run(site, each, "notes") for each in (tiny.make_plan(base), plan, narrow)
+    )
+    assert two.update_bytes == third.update_bytes > one.update_bytes
+    letters = [found.bytes_out - found.update_bytes for found in (one, two, third)]
+    assert letters[0] < letters[1] == letters[2] < 2 * letters[0]
+    assert one.epsilon_round == two.epsilon_round == third.epsilon_round
 
 
 def test_the_letters_are_as_long_as_those_of_a_real_round(tmp_path, monkeypatch):
