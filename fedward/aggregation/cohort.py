@@ -103,9 +103,10 @@ def form_cohort(
     if len(members) < parameters.minimum:
         raise CohortTooSmall(f"U1 has {len(members)} sites, the session needs {parameters.minimum}")
     # A second pass over other sites than the first would give the difference away: whoever is in
-    # one sum alone. Fewer than all are fewer than the minimum here, and in U2 and U3 as well.
-    if parameters.cohort and not set(members) <= set(parameters.cohort):
-        raise ProtocolError("U1 holds sites that are not in the cohort of the first pass")
+    # one sum alone. Fewer than all are fewer than the minimum here, and in U2 and U3 as well. And
+    # a site of another group has a sum of its own.
+    if parameters.allowed and not set(members) <= set(parameters.allowed):
+        raise ProtocolError("U1 holds sites that are not in the cohort of the first pass or group")
     if len(members) > parameters.grid.sites:
         raise ProtocolError(f"{len(members)} sites, the session's grid is made for fewer")
     # One key under two names would let its owner cancel masks, or stand in for another site.

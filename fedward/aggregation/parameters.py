@@ -60,6 +60,7 @@ class SessionParameters:
             1,024; empty: all weigh alike. Public constants of the plan, never a number of patients.
         rotated: Whether updates are rotated before they are rounded
             (:mod:`fedward.aggregation.rotation`); 16-bit words need it.
+        group: The only sites that may be in the sum, ascending. Empty: all of the roster.
         cohort: The sites that must be in the sum, all of them and no others, ascending: of a second
             pass the survivors of the first, and then the minimum is their number. Empty: whoever
             comes.
@@ -78,6 +79,7 @@ class SessionParameters:
     deadline: int = 3600
     weights: tuple[tuple[int, float], ...] = ()
     rotated: bool = False
+    group: tuple[int, ...] = ()
     cohort: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class SessionParameters:
             ("weights", ids, known and ids == sorted(set(ids)), "site ids, ascending"),
             ("weights", len(ids), len(ids) <= 1024, "at most 1024"),
             ("weights", self.weights, weighed, "1e-9 to 1e9 each"),
+            ("group", self.group, _ascending(self.group), "site ids, ascending"),
             ("cohort", self.cohort, self._whole, "site ids, ascending, as many as the minimum"),
         )
         for key, value, holds, allowed in checks:
@@ -115,9 +118,12 @@ class SessionParameters:
 
     @property
     def _whole(self) -> bool:
-        ids = all(type(site) is int and 0 <= site < 2**32 for site in self.cohort)
-        ascending = ids and self.cohort == tuple(sorted(set(self.cohort)))
-        return ascending and (not self.cohort or len(self.cohort) == self.minimum)
+        return _ascending(self.cohort) and len(self.cohort) in {0, self.minimum}
+
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        """The only sites that may be in the cohort; empty: all of the roster."""
+        return self.cohort or self.group
 
     @property
     def reserved(self) -> Attempt:
@@ -172,6 +178,7 @@ class SessionParameters:
             "minimum": self.minimum,
             "noise": float(self.noise).hex(),
             "deadline": self.deadline,
+            **({"group": list(self.group)} if self.group else {}),
             **({"cohort": list(self.cohort)} if self.cohort else {}),
         }
 
@@ -217,7 +224,7 @@ _TEXT = ("proto", "run", "roster_hash", "task_hash", "gamma", "clip", "noise")
 def _typed(fields: Any) -> Mapping[str, Any]:  # noqa: ANN401  # JSON before its types are checked
     """Refuse other types than P has: True is an int to Python, and 1.0 equals 1."""
     for name, value in dict(fields).items():
-        kind = list if name in {"slots", "cohort"} else str if name in _TEXT else int
+        kind = list if name in {"slots", "group", "cohort"} else str if name in _TEXT else int
         if name == "weights":
             kind = str if value == "uniform" else list
         if type(value) is not kind:
@@ -250,8 +257,14 @@ def _build(fields: Mapping[str, Any]) -> SessionParameters:
         deadline=fields["deadline"],
         weights=_weights(fields["weights"]),
         rotated=bool(fields["rotated"]),
+        group=tuple(fields.get("group", ())),
         cohort=tuple(fields.get("cohort", ())),
     )
+
+
+def _ascending(sites: tuple[int, ...]) -> bool:
+    ids = all(type(site) is int and 0 <= site < 2**32 for site in sites)
+    return ids and sites == tuple(sorted(set(sites)))
 
 
 def _weights(value: Any) -> tuple[tuple[int, float], ...]:  # noqa: ANN401  # JSON

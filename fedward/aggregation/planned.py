@@ -26,6 +26,7 @@ def planned_session(
     *,
     task_hash: bytes,
     dimension: int,
+    group: tuple[int, ...] = (),
     cohort: tuple[int, ...] = (),
 ) -> SessionParameters:
     """The parameters of a session of this plan.
@@ -36,12 +37,13 @@ def planned_session(
         attempt: Run, round, session, attempt.
         task_hash: What the updates start from, 32 bytes.
         dimension: Coordinates of an update.
+        group: Of a plan with groups: the one that the session is of.
         cohort: In a second pass the survivors of the first; metrics have been in that one's sum.
 
     Raises:
         InvalidValue: The plan's cohort, word size, weights or ranks do not fit the roster.
     """
-    sites = len(roster.members)
+    sites = len(group or roster.members)
     aggregation, metrics = plan.aggregation, plan.metrics
     if plan.cohort.minimum > sites:
         raise InvalidValue("minimum", plan.cohort.minimum, f"at most the {sites} sites there are")
@@ -64,6 +66,7 @@ def planned_session(
         deadline=plan.rounds.deadline_seconds,
         weights=_weights(aggregation, roster),
         rotated=aggregation.word_bits == 16,
+        group=group,
         cohort=cohort,
     )
 

@@ -16,6 +16,7 @@ from flwr.app import RecordDict
 
 from fedward import failpoints
 from fedward.aggregation.complaints import Complaint
+from fedward.aggregation.groups import group_of
 from fedward.aggregation.masks import Words
 from fedward.aggregation.packing import pack, weighed
 from fedward.aggregation.parameters import Limits, SessionParameters
@@ -252,6 +253,7 @@ class Agent:
             attempt,
             task_hash=task_hash(adapter, plan.hash(), plan.aggregation.scheme),
             dimension=request.rule.words,
+            group=group_of(plan.cohort, self._roster, attempt, self._site),
         )
         self._memory.keep_task(attempt, adapter)
         failpoints.hit("agent.kept")

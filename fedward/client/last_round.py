@@ -7,11 +7,12 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from fedward.aggregation.groups import FEWEST, Group, groups_of, middle
 from fedward.aggregation.packing import check_mean, unpack
 from fedward.aggregation.parameters import SessionParameters
 from fedward.aggregation.planned import planned_session
@@ -29,24 +30,71 @@ from fedward.tuning.vector import Layout, moments_of, replace_vector, vector_of
 
 _LOG = logging.getLogger(__name__)
 
+Cohort = tuple[int, ...]
 
-def read_cohort(data: bytes, roster: Roster, plan: Plan) -> tuple[int, ...]:
-    """A published cohort: ids of the roster, ascending, at least the plan's minimum.
+
+def read_cohorts(
+    data: bytes, roster: Roster, plan: Plan, attempt: Attempt
+) -> list[tuple[Group, Cohort]]:
+    """The published cohorts, each with the group that it is of.
+
+    Args:
+        data: JSON: ids, or with groups a list of them for each group that has a sum.
+        roster: The pinned roster.
+        plan: Its minimum is that of each cohort.
+        attempt: The committed one.
+
+    Raises:
+        ProtocolError: It is not that.
+        InvalidValue: The roster is too small for the plan's groups.
+    """
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("the published cohort is not JSON") from error
+    groups = groups_of(plan.cohort, roster, attempt)
+    if groups == ((),):
+        return [((), read_cohort(found, [member.id for member in roster.members], plan))]
+    if not isinstance(found, list) or len(found) < FEWEST:
+        raise ProtocolError(f"the published cohorts are not those of {FEWEST} groups or more")
+    cohorts, left = list[tuple[Group, Cohort]](), iter(groups)
+    for each in found:  # in the order of the groups, of which some may have no sum
+        known = _ids(each)
+        group = next((group for group in left if set(known) <= set(group)), ())
+        cohorts.append((group, read_cohort(each, group, plan)))
+    return cohorts
+
+
+def split_sum(data: bytes, count: int) -> list[bytes]:
+    """The published words of each cohort.
+
+    Raises:
+        ProtocolError: They are not alike in length.
+    """
+    length, rest = divmod(len(data), count)
+    if rest:
+        raise ProtocolError(f"{len(data)} bytes are not the sums of {count} groups")
+    return [data[place * length : (place + 1) * length] for place in range(count)]
+
+
+def read_cohort(found: object, known: Iterable[int], plan: Plan) -> Cohort:
+    """A published cohort: known ids, ascending, at least the plan's minimum.
 
     Raises:
         ProtocolError: It is not that.
     """
-    try:
-        cohort = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("the published cohort is not JSON") from error
-    known = {member.id for member in roster.members}
-    holds = isinstance(cohort, list) and all(type(site) is int for site in cohort)
-    if not holds or cohort != sorted(known.intersection(cohort)):
-        raise ProtocolError("the published cohort is not ascending ids of the roster")
+    cohort = _ids(found)
+    if cohort != tuple(sorted(set(known).intersection(cohort))):
+        raise ProtocolError("the published cohort is not ascending ids of the roster or group")
     if len(cohort) < plan.cohort.minimum:
         raise ProtocolError("the published cohort is smaller than the minimum")
-    return tuple(cohort)
+    return cohort
+
+
+def _ids(found: object) -> Cohort:
+    if not isinstance(found, list) or not all(type(site) is int for site in found):
+        raise ProtocolError("the published cohort is not a list of ids")
+    return tuple(found)
 
 
 def check_first(attempt: Attempt, adapter: bytes) -> None:
@@ -222,10 +270,12 @@ class LastRound:
         self, letter: Letter, plan: Plan, layout: Layout, then: Attempt, before: bytes
     ) -> bytes:
         """What the adapter before and the published sum give; a task's own must be the same."""
-        cohort = read_cohort(letter.part("cohort"), self._roster, plan)
         committed = read_committed(letter.part("attempt"), then)
+        cohorts = read_cohorts(letter.part("cohort"), self._roster, plan, committed)
         # What it signed in an attempt that came to nothing binds no attempt that it missed.
-        if self._memory.cohort(committed) not in {None, cohort}:
+        signed = self._memory.cohort(committed)
+        mine = [cohort for group, cohort in cohorts if not group or set(signed or ()) <= set(group)]
+        if signed is not None and mine not in ([], [signed]):
             raise ProtocolError("the published cohort is not the one this site signed")
         rule = Rule(settings=plan.aggregation, layout=layout, attempt=committed)
         start = vector_of(before, rule.trained)  # it is there: so large is the layout
@@ -233,12 +283,19 @@ class LastRound:
         if rule.passes == 2:
             if not rule.again:
                 raise ProtocolError("the committed session is not a second pass")
+            ((_, cohort),) = cohorts
             mean = self._mean(letter.part("sum"), rule, cohort, plan, whole=True)
             second = Second(basis=read_basis(letter.part("basis")), mean=mean)
             rule = dataclasses.replace(
                 rule, attempt=dataclasses.replace(committed, session=committed.session - 1)
             )
-        mean = self._mean(letter.part("first" if second else "sum"), rule, cohort, plan)
+        totals = split_sum(letter.part("first" if second else "sum"), len(cohorts))
+        mean = middle(
+            [
+                self._mean(total, rule, cohort, plan, group=group)
+                for total, (group, cohort) in zip(totals, cohorts, strict=True)
+            ]
+        )
         if second is not None:
             rule.check_basis(mean, second.basis)
         given = letter.parts.get("adapter")
@@ -250,7 +307,14 @@ class LastRound:
         return expected
 
     def _mean(
-        self, total: bytes, rule: Rule, cohort: tuple[int, ...], plan: Plan, *, whole: bool = False
+        self,
+        total: bytes,
+        rule: Rule,
+        cohort: tuple[int, ...],
+        plan: Plan,
+        *,
+        group: Group = (),
+        whole: bool = False,
     ) -> npt.NDArray[np.float64]:
         parameters = planned_session(
             plan,
@@ -258,6 +322,7 @@ class LastRound:
             rule.attempt,
             task_hash=bytes(32),
             dimension=rule.words,
+            group=group,
             cohort=cohort if whole else (),
         )
         return published_mean(total, parameters, cohort, plan)

@@ -13,16 +13,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from flwr.serverapp import Grid
 
 from fedward import failpoints
-from fedward.aggregation.packing import check_mean
+from fedward.aggregation.groups import FEWEST, groups_of
+from fedward.aggregation.parameters import SessionParameters
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.published import SumResult
 from fedward.aggregation.rules import Rule
 from fedward.aggregation.transcript import second_task_hash, task_hash
-from fedward.aggregation.two_pass import Second
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.errors import CohortTooSmall, IdentityError, ProtocolError, RoundError, SiteCode
@@ -33,6 +32,7 @@ from fedward.server.replies import Clock
 from fedward.server.run_state import Fold, State
 from fedward.server.sessions import SILENT, Observer, Sessions
 from fedward.server.store import Phase, RunStore
+from fedward.server.summed import Mean, Summed, checked_mean
 from fedward.server.suspects import proven
 from fedward.tuning.vector import (
     Layout,
@@ -141,9 +141,9 @@ class RoundEngine:
             try:
                 self._sessions.record(attempt, Phase.STARTED, {"plan": self._plan.hash().hex()})
                 failpoints.hit("round.started")
-                results = self._sums(grid, attempt, state)
+                summed = self._sums(grid, attempt, state)
                 failpoints.hit("round.summed")
-                adapter = self._next(state, results)
+                adapter, mean = self._next(state, summed)
             except (ProtocolError, CohortTooSmall) as error:
                 hopeless = isinstance(error, _NoHope)
                 facts: dict[str, Json] = {"reason": str(error), **self._sessions.blame(error)}
@@ -156,7 +156,7 @@ class RoundEngine:
                 if self._falls(state):
                     return
                 continue
-            self._complete(state, adapter, results)
+            self._complete(state, adapter, mean, summed)
             return
         raise RoundError(
             f"round {state.committed + 1} failed in {last - first + 1} attempts; the last: "
@@ -191,68 +191,86 @@ class RoundEngine:
         facts: Json = {"adapter": self._store.put_blob(adapter), "missed": state.missed}
         self._sessions.record(attempt, Phase.FALLBACK, facts)
 
-    def _next(self, state: State, results: Sequence[_Sum]) -> bytes:
-        """The next adapter; a sum that every site would refuse is never committed."""
-        before, means = state.adapter, [self._mean(result) for result, _ in results]
-        second = Second(basis=results[1][1], mean=means[1]) if len(results) == 2 else None
-        rule = self._rule(results[0][0].parameters.attempt)
+    def _next(self, state: State, summed: Summed) -> tuple[bytes, Mean]:
+        """The next adapter and the mean behind it; no sum is taken that a site would refuse."""
+        mean, second = summed.means(self._plan.aggregation.update_clip)
+        before, rule = state.adapter, self._rule(summed.first.parameters.attempt)
         start = vector_of(before, rule.trained)
-        vector, moments = rule.advance(start, moments_of(before), means[0], second)
+        vector, moments = rule.advance(start, moments_of(before), mean, second)
         if not all(np.isfinite(part).all() for part in (vector, *moments.values())):
             raise ProtocolError("the next adapter is not finite: lower server_learning_rate")
-        return replace_vector(before, rule.trained, vector, moments)
+        return replace_vector(before, rule.trained, vector, moments), mean
 
     def _rule(self, attempt: Attempt) -> Rule:
         return Rule(settings=self._plan.aggregation, layout=self._layout, attempt=attempt)
 
-    def _mean(self, result: SumResult) -> npt.NDArray[np.float64]:
-        clip = self._plan.aggregation.update_clip
-        check_mean(result.mean, result.parameters, result.cohort, clip)
-        return result.mean
-
-    def _complete(self, state: State, adapter: bytes, results: Sequence[_Sum]) -> None:
+    def _complete(self, state: State, adapter: bytes, mean: Mean, summed: Summed) -> None:
         """Record what the round came to, under its last session: committed, or refused."""
         refusal, figures = "", dict[str, Json]()
         if self._plan.gate is not None:
-            mean = results[0][0].mean
             refusal, figures = judge(
                 self._plan.gate, self._loss, state.adapter, adapter, mean, state.lowest
             )
-        first, (last, basis) = results[0][0], results[-1]
-        blobs = {"sum": last.words.tobytes()}
-        if len(results) == 2:
-            blobs |= {"first": first.words.tobytes(), "basis": basis.tobytes()}
         facts: Json = {
             "adapter": self._store.put_blob(state.adapter if refusal else adapter),
-            **{name: self._store.put_blob(data) for name, data in blobs.items()},
-            "cohort": list(last.cohort),
-            "transcript": last.transcript.hex(),
-            **({} if self._plan.metrics is None else {"slots": first.slots}),
+            **summed.facts(self._store.put_blob),
+            **({} if self._plan.metrics is None else {"slots": summed.slots}),
             **self._sessions.blame(),
             **({"gate": figures} if figures else {}),
             **({"reason": refusal} if refusal else {}),
         }
         failpoints.hit("round.kept")
         phase = Phase.REFUSED if refusal else Phase.COMMITTED
-        self._sessions.record(last.parameters.attempt, phase, facts)
+        self._sessions.record(summed.results[-1].parameters.attempt, phase, facts)
         failpoints.hit("round.committed")
 
-    def _sums(self, grid: Grid, attempt: Attempt, state: State) -> list[_Sum]:
+    def _sums(self, grid: Grid, attempt: Attempt, state: State) -> Summed:
         """The round's sessions, from the task to the sums."""
         settings, rule = self._plan.aggregation, self._rule(attempt)
-        parameters = planned_session(  # refuses a plan that does not fit before anybody trains
-            self._plan,
-            self._roster,
-            attempt,
-            task_hash=task_hash(state.adapter, self._plan.hash(), settings.scheme),
-            dimension=rule.words,
-        )
+        sessions = [  # refuses a plan that does not fit before anybody trains
+            planned_session(
+                self._plan,
+                self._roster,
+                attempt,
+                task_hash=task_hash(state.adapter, self._plan.hash(), settings.scheme),
+                dimension=rule.words,
+                group=group,
+            )
+            for group in groups_of(self._plan.cohort, self._roster, attempt)
+        ]
         ready = self._invite(grid, attempt, state)
-        first = self._sessions.run(grid, parameters, ready)
-        sums = [(first, _NO_BASIS)]
-        return [*sums, self._second(grid, first)] if rule.passes == 2 else sums
+        if len(sessions) > 1:
+            return self._groups(grid, sessions, ready)
+        first = self._sessions.run(grid, sessions[0], ready)
+        return self._second(grid, first) if rule.passes == 2 else Summed(results=(first,))
 
-    def _second(self, grid: Grid, first: SumResult) -> _Sum:
+    def _groups(
+        self, grid: Grid, sessions: Sequence[SessionParameters], ready: Sequence[int]
+    ) -> Summed:
+        """A session of each group, one after the other; what is lost in one is lost there alone."""
+        results, lost = list[SumResult](), list[str]()
+        for parameters in sessions:
+            inside = [site for site in ready if site in parameters.group]
+            try:
+                if len(inside) < parameters.minimum:
+                    raise CohortTooSmall(f"{len(inside)} sites of a group are ready")
+                result = self._sessions.run(grid, parameters, inside)
+                checked_mean(result, self._plan.aggregation.update_clip)
+            except (ProtocolError, CohortTooSmall) as error:
+                lost.append(str(error))
+                self._sessions.end(error)
+            else:
+                results.append(result)
+                self._sessions.end()
+        if len(results) < FEWEST:
+            reasons = "; ".join(lost)
+            raise CohortTooSmall(
+                f"{len(results)} of {len(sessions)} groups have a sum, {FEWEST} are needed "
+                f"({reasons})"
+            )
+        return Summed(results=tuple(results))
+
+    def _second(self, grid: Grid, first: SumResult) -> Summed:
         """The second pass: the survivors of the first once more, and none of them may be missing.
 
         The next attempt is at another session, for new updates: whoever was lost between the two
@@ -260,7 +278,7 @@ class RoundEngine:
         """
         before = first.parameters.attempt
         attempt = dataclasses.replace(before, session=before.session + 1)
-        basis = self._rule(before).basis(self._mean(first))
+        basis = self._rule(before).basis(checked_mean(first, self._plan.aggregation.update_clip))
         total, data = first.words.tobytes(), basis.tobytes()
         parameters = planned_session(
             self._plan,
@@ -277,7 +295,8 @@ class RoundEngine:
         if refused:
             gone = "; ".join(f"{self._name(s)}: {why}" for s, why in sorted(refused.items()))
             raise CohortTooSmall(f"the second pass needs every site of the first ({gone})")
-        return self._sessions.run(grid, parameters, first.cohort), basis
+        second = self._sessions.run(grid, parameters, first.cohort)
+        return Summed(results=(first, second), basis=basis)
 
     def _invite(self, grid: Grid, attempt: Attempt, state: State) -> list[int]:
         """Send the task to every site and return those that trained in time."""
@@ -291,10 +310,14 @@ class RoundEngine:
         whole = {**short, "adapter": state.adapter}
         enough = state.holders if self._rule(attempt).recomputes else frozenset[int]()
         parts = {site: short if site in enough else whole for site in self._nodes}
-        minimum, colluders = self._plan.cohort.minimum, self._plan.cohort.colluders
+        cohort, colluders = self._plan.cohort, self._plan.cohort.colluders
+        minimum = cohort.minimum * min(cohort.groups, FEWEST)
         out = proven(state.record.groups, colluders)
         away = state.record.away(
-            self._nodes, minimum=minimum, colluders=colluders, number=attempt.round
+            self._nodes,
+            minimum=cohort.minimum * cohort.groups,
+            colluders=colluders,
+            number=attempt.round,
         )
         todo = [site for site in self._nodes if site not in out | away]
         self._sessions.record(attempt, Phase.INVITED, {"sites": todo})

@@ -130,7 +130,7 @@ class Fold:
             )
             _, session, number = event.attempt.order
             self._previous = {
-                "cohort": canonical_json(facts["cohort"]),
+                "cohort": canonical_json(facts.get("groups", facts["cohort"])),
                 "attempt": canonical_json(number if session == 1 else [session, number]),
                 **self._fallen,
             }

@@ -22,7 +22,7 @@ from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letters
 from fedward.server.anchors import Anchors
 from fedward.server.replies import Clock, collect
 from fedward.server.store import EVERYBODY, Phase, RunStore
-from fedward.server.suspects import blame
+from fedward.server.suspects import blame, joined
 
 Observer = Callable[[Attempt, Phase, int, Json], None]
 """Told of every event after it is durable: attempt, phase, site (or EVERYBODY), facts."""
@@ -61,11 +61,11 @@ class Sessions:
         self._anchors = Anchors(identity, roster, store)
         self._left_out = set[tuple[Attempt, int]]()
         self._tally: Tally | None = None
-        self._silent = frozenset[int]()
+        self._silent, self._before = frozenset[int](), list[dict[str, Json]]()
 
     def forget(self) -> None:
-        """Begin an attempt: what the last session showed of its sites is recorded already."""
-        self._tally, self._silent = None, frozenset()
+        """Begin an attempt: what the sessions before showed of their sites is recorded already."""
+        self._tally, self._silent, self._before = None, frozenset(), []
 
     def run(self, grid: Grid, parameters: SessionParameters, sites: Collection[int]) -> SumResult:
         """One execution of the protocol among sites that hold their input, to the sum.
@@ -154,9 +154,14 @@ class Sessions:
         self._store.record(attempt, phase, facts, site=site)
         self._observer(attempt, phase, site, facts)
 
+    def end(self, error: Exception | None = None) -> None:
+        """Keep what a session showed of its sites, where the attempt goes on with another one."""
+        self._before.append(blame(self._suspects().values(), self._silent, error))
+        self._tally, self._silent = None, frozenset()
+
     def blame(self, error: Exception | None = None) -> dict[str, Json]:
-        """What the last session showed of its sites, for the event that ends the attempt."""
-        return blame(self._suspects().values(), self._silent, error)
+        """What the attempt's sessions showed of their sites, for the event that ends it."""
+        return joined([*self._before, blame(self._suspects().values(), self._silent, error)])
 
     def _exchange(
         self,

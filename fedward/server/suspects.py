@@ -67,6 +67,16 @@ def blame(
     return {key: value for key, value in found.items() if value}
 
 
+def joined(found: Iterable[Mapping[str, Any]]) -> dict[str, Json]:
+    """What several of :func:`blame` show together: of a round whose groups have sessions each."""
+    suspects, silent = set[tuple[int, ...]](), set[int]()
+    for each in found:
+        suspects |= set(each.get("suspects", ()))
+        silent |= set(each.get("silent", ()))
+    both: dict[str, Json] = {"suspects": sorted(suspects), "silent": sorted(silent)}
+    return {key: value for key, value in both.items() if value}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What the attempts of a run have shown so far.

@@ -301,7 +301,7 @@ class _Work:
         for name, node in zip(federation.names, federation.nodes.values(), strict=True):
             notes["bytes_up"][name] += federation.grid.take_bytes_up(node)
             federation.grid.revive(node)
-        if self._masked is not None and "sum" in facts:
+        if self._masked is not None and "sum" in facts and "groups" not in facts:
             parameters = planned_session(
                 self._plan,
                 federation.roster,

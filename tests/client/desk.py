@@ -83,7 +83,7 @@ class Desk:
     ) -> None:
         self.folder, self.policy, self.plan = folder, policy, plan
         self.identity = Identity(bytes([9]) * 32)
-        self.keys = [Identity(bytes([site + 1]) * 32) for site in range(sites)]
+        self.keys = [Identity(bytes([site + 1 + (site >= 8)]) * 32) for site in range(sites)]
         self.roster = Roster(
             epoch=1,
             coordinator=self.identity.public_key,

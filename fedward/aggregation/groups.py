@@ -1,0 +1,100 @@
+"""Groups of sites with a sum each, and the median of their means (``[cohort] groups``).
+
+In one sum over all sites nobody can tell whose update moved it. Sums over groups can be compared
+instead, and their coordinate-wise median does not follow a minority of them: median of means (Chen,
+Su and Xu 2017, arXiv 1705.05491) by coordinates (Yin et al. 2018, arXiv 1803.01498). Every round
+deals the sites anew, by a public rule that nobody can choose the outcome of.
+
+Guarantees:
+    Each group is a session of its own with the plan's minimum and colluders, and a site is in one:
+    what is learned of its update is a sum over its group, of at least the minimum, and no other. As
+    long as fewer than half of the groups that have a sum hold a hostile site, each coordinate of
+    the result lies between the means of two honest groups (of an even number, between theirs and
+    one more: the mean of the middle two).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedward.attempt import Attempt
+from fedward.canonical import digest
+from fedward.errors import InvalidValue
+from fedward.identity import Roster
+from fedward.plan_aggregation import Cohort
+
+FEWEST = 3
+"""Groups with a sum below which no median tells anything."""
+
+Group = tuple[int, ...]
+"""Site ids, ascending; empty: everybody."""
+
+
+def groups_of(cohort: Cohort, roster: Roster, attempt: Attempt) -> tuple[Group, ...]:
+    """The groups of a round, alike in all its attempts, so that nobody can try for better ones.
+
+    Args:
+        cohort: The plan's.
+        roster: The pinned roster: whom it holds is dealt, whoever is there.
+        attempt: Any at the round.
+
+    Returns:
+        Groups whose sizes differ by one at most; without groups in the plan, everybody's alone.
+
+    Raises:
+        InvalidValue: The roster is too small for them.
+    """
+    if cohort.groups == 1:
+        return ((),)
+    check_groups(cohort, len(roster.members))
+    place = (attempt.run, attempt.round.to_bytes(4, "big"), roster.hash())
+
+    def drawn(site: int) -> bytes:
+        return digest("group", *place, site.to_bytes(4, "big"))
+
+    order = sorted((member.id for member in roster.members), key=drawn)
+    return tuple(tuple(sorted(order[first :: cohort.groups])) for first in range(cohort.groups))
+
+
+def group_of(cohort: Cohort, roster: Roster, attempt: Attempt, site: int) -> Group:
+    """The group that a site is in.
+
+    Raises:
+        InvalidValue: The roster is too small for the plan's groups.
+    """
+    groups = groups_of(cohort, roster, attempt)
+    return next((group for group in groups if site in group), ())
+
+
+def check_groups(cohort: Cohort, sites: int) -> None:
+    """Refuse a federation in which a group would be smaller than the minimum.
+
+    Raises:
+        InvalidValue: With how many groups there may be.
+    """
+    if cohort.groups > 1 and sites // cohort.groups < cohort.minimum:
+        most = sites // cohort.minimum
+        allowed = f"3 to {most}" if most >= FEWEST else "1"
+        raise InvalidValue(
+            "groups",
+            cohort.groups,
+            f"{allowed} with {sites} sites and minimum = {cohort.minimum} in each",
+        )
+
+
+def middle(means: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    """The coordinate-wise median; of an even number the mean of the middle two, of one itself.
+
+    Args:
+        means: ``(d,)`` float64 each, at least one.
+
+    Returns:
+        ``(d,)`` float64, alike to the last bit wherever it is computed.
+    """
+    if len(means) == 1:
+        return means[0]
+    ordered = np.sort(np.stack(means), axis=0)
+    low, high = ordered[(len(means) - 1) // 2], ordered[len(means) // 2]
+    median: npt.NDArray[np.float64] = (low + high) / 2
+    return median
