@@ -1,6 +1,8 @@
 """A site is shown as running only while it gives signs of life."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedward.attempt import Attempt
 from fedward.client import status as module
-from fedward.client.pulse import FRESH_SECONDS
+from fedward.client.pulse import FRESH_SECONDS, Pulse
 from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.client.status import life_file, prometheus, signs_of_life, site_status
 from fedward.errors import ConfigurationError
@@ -102,6 +104,29 @@ def test_what_was_spent_comes_from_the_ledger(site):
         assert status.rounds_sent == number
     assert 0 < status.epsilon_spent < 8
     with_ledger.close()
+
+
+def test_a_disk_that_takes_no_records_is_named(site, monkeypatch):
+    assert site_status(site).disk == ""
+    assert "fedward_site_disk_writable 1" in prometheus(site_status(site))
+    usage = shutil.disk_usage(site.root)._replace(free=5 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert "5 MiB are free" in site_status(site).disk
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert "read-only" in site_status(site).disk
+    assert "fedward_site_disk_writable 0" in prometheus(site_status(site))
+
+
+def test_a_sign_of_life_that_cannot_be_written_stops_nobody(site, caplog):
+    pulse, scratch = Pulse(life_file(site), clock=lambda: 1.0), site.root / "life.json.part"
+    scratch.mkdir()
+    for step in (1, 2):
+        pulse.progress(step)
+    assert caplog.text.count("no sign of life can be written") == 1
+    scratch.rmdir()
+    pulse.progress(3)
+    assert seen(site)[0] == "silent", "the clock of this pulse stands at 1970"
+    assert json.loads(life_file(site).read_text())["step"] == 3
 
 
 def health(site: SiteFolder) -> int:
