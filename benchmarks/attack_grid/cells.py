@@ -38,9 +38,11 @@ from fedward.tuning.records import Records, make_sites, merge, select
 from fedward.tuning.tuned import tuned_model
 
 ATTACKS: tuple[Attack, ...] = get_args(Attack)
-DEFENCES = ("none", "clip", "gate")
+DEFENCES = ("none", "clip", "gate", "groups")
 HOSTILE = {10: 1, 30: 3}
 """Sites to how many of them are hostile."""
+GROUPS = {10: 3, 30: 7}
+"""Sites to how many groups there are, of three to five sites; under half have a hostile one."""
 SEEDS = (0,)
 
 LOOSE, TIGHT = 100.0, 2.0
@@ -57,9 +59,9 @@ class Size:
         rounds: Rounds of four local steps.
     """
 
-    test: int = 200
+    test: int = 120
     public: int = 60
-    rounds: int = 8
+    rounds: int = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,8 @@ class Cell:
     Args:
         sites: Key of :data:`HOSTILE`.
         attack: What the hostile ones do; ``nothing`` for none of them.
-        defence: ``none`` (a clip so wide that nobody feels it), ``clip``, or ``gate``
-            (the clip as well).
+        defence: ``none`` (a clip so wide that nobody feels it), ``clip``, and with the clip
+            ``gate`` or ``groups``.
         seed: Of split and adapter.
     """
 
@@ -155,7 +157,7 @@ class Grid:
                 learning_rate=0.01,
                 deadline="10m",
             ),
-            cohort=Cohort(minimum=5, colluders=1),
+            cohort=Cohort(minimum=3, groups=GROUPS[cell.sites] if cell.defence == "groups" else 1),
             aggregation=Aggregation(update_clip=TIGHT if tight else LOOSE),
             privacy=Privacy(epsilon=math.inf, delta=1e-5, clip=0.5, records_per_unit=2),
             gate=Gate(data="public.jsonl", refusals=1000) if cell.defence == "gate" else None,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedward import typed_toml
 from fedward.errors import ConfigurationError, RoundError
-from fedward.plan import load_plan
+from fedward.plan import Plan, load_plan
 from fedward.private_files import write_private
 from fedward.server.coordinator_folder import CoordinatorFolder
 
@@ -83,6 +83,7 @@ def start(
         data = Path(frozen.gate.data)
         gate_records(frozen, data)  # raises unless every record fits
         write_private(found.gate_data(frozen), data.read_bytes())
+    _show_groups(frozen, found)
     odd, even = masked_bytes(frozen, layout)
     Console(stderr=True).print(
         f"each site sends {odd:,} bytes of masked words a round"
@@ -95,6 +96,24 @@ def start(
         )
     with open_control(found) as control:
         _show([control.start(called, frozen, adapter, layout)], json_output)
+
+
+def _show_groups(plan: Plan, found: CoordinatorFolder) -> None:
+    """Say what groups make of the set that a site is hidden in; refuse too small a federation."""
+    from fedward.aggregation.groups import check_groups
+    from fedward.server.members import open_members
+
+    groups = plan.cohort.groups
+    if groups == 1:
+        return
+    with open_members(found) as members:
+        sites = len(members.roster().members)
+    check_groups(plan.cohort, sites)
+    Console(stderr=True).print(
+        f"{sites} sites in {groups} groups of {sites // groups} or more: a site's update is hidden "
+        f"among those of its group, at least {plan.cohort.minimum}, not among everybody's",
+        highlight=False,
+    )
 
 
 @run_app.command("list")
