@@ -11,7 +11,9 @@ from flwr.app import Message
 
 from fedward.attempt import Attempt
 from fedward.client.personal import PersonalParts
+from fedward.client.remote_trainer import RemoteTrainer
 from fedward.client.trainer import LocalTrainer
+from fedward.client.trainer_service import serve
 from fedward.client.training import TrainRequest
 from fedward.errors import ConfigurationError, InvalidValue
 from fedward.messages import parts_of
@@ -90,6 +92,25 @@ class TestThePlan:
     def test_a_plan_without_any_has_the_hash_that_it_had(self, base):
         assert b"personal" not in plan_of(base).to_json()
         assert plan_of(base).hash() != plan_of(base, "score").hash()
+
+
+class TestTheSocket:
+    def test_a_trainer_behind_it_goes_on_alike(self, base, tmp_path):
+        """How many updates have left crosses it; what is personal does not."""
+        plan, keeps = plan_of(base, "score"), (tmp_path / "here", tmp_path / "there")
+        folder = tmp_path / "s"
+        folder.mkdir(mode=0o700)
+        server = serve(folder / "t.sock", lambda *_: trainer(keeps[1]))
+        try:
+            here, there = trainer(keeps[0]), RemoteTrainer(folder / "t.sock", start_seconds=5)
+            for number in (1, 2):
+                mine, theirs = (one.train(request(plan, number)) for one in (here, there))
+                assert mine.update.tobytes() == theirs.update.tobytes()
+        finally:
+            server.stop(None).wait()
+        one, other = (sorted(k.rglob("*.safetensors")) for k in keeps)
+        assert [p.stem for p in one] == [p.stem for p in other] == ["1", "2"]
+        assert [p.read_bytes() for p in one] == [p.read_bytes() for p in other]
 
 
 class TestTheTrainer:
