@@ -66,8 +66,9 @@ class Tuner:
     """``[tuner]``: the PEFT method; those of its keys that are safe at a site, unrenamed.
 
     Args:
-        method: One of :data:`METHODS` (QLoRA is ``lora`` over a quantized base); see
-            docs/federated-methods.md.
+        method: ``lora`` (over a quantized base it is QLoRA), ``rslora``, ``dora``, ``lora+``,
+            ``houlsby``, ``pfeiffer``, ``ia3``, ``vera``, ``oft``, ``bitfit``, ``prompt``,
+            ``prefix`` or ``p-tuning``; other methods are refused, with the reason.
         arguments: PEFT's keys of the method, for example ``r`` and ``target_modules``.
         ranks: Site name to the rank that it trains, 1 to ``r``: the first components of the
             adapter. Whoever is not named trains all. With scheme ``sketch`` only.
