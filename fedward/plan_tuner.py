@@ -96,7 +96,8 @@ class Tuner:
             require(key != "method", "arguments", key, "a key of PEFT")
             require(_is_plain(value), key, value, "text, numbers, true, false, or lists of them")
         if self.ranks is not None:
-            require(self.method in LORA, "ranks", dict(self.ranks), "none with this method")
+            alone = self.method in LORA and not self.personal
+            require(alone, "ranks", dict(self.ranks), "none with this method, or beside personal")
             most = self.arguments.get("r", 8)  # PEFT's default
             one = {"rank_pattern", "alpha_pattern"}.isdisjoint(self.arguments)
             allowed = "one r for all layers, without rank_pattern or alpha_pattern"

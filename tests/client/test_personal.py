@@ -86,6 +86,8 @@ class TestThePlan:
         with pytest.raises(InvalidValue, match="one of A and B is personal"):
             plan_of(base, "lora_B", aggregation=ffa)
         plan_of(base, "score", aggregation=ffa)
+        with pytest.raises(InvalidValue, match="beside personal"):
+            Tuner(arguments=LORA, personal=("score",), ranks={"a": 1})
         with pytest.raises(InvalidValue, match="none in mode 'pooled'"):
             plan_of(base, "score", mode="pooled")
 
