@@ -10,9 +10,10 @@ import torch
 from flwr.app import Message
 
 from fedward.attempt import Attempt
+from fedward.client import trainer as module
 from fedward.client.personal import PersonalParts
 from fedward.client.remote_trainer import RemoteTrainer
-from fedward.client.trainer import LocalTrainer
+from fedward.client.trainer import LocalTrainer, mechanism
 from fedward.client.trainer_service import serve
 from fedward.client.training import TrainRequest
 from fedward.errors import ConfigurationError, InvalidValue
@@ -21,6 +22,7 @@ from fedward.plan import Plan, Tuner
 from fedward.plan_aggregation import Aggregation
 from fedward.server.store import Phase
 from fedward.tuning.adapter import from_bytes
+from fedward.tuning.records import Records
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.tuners import personal, trainable
 from fedward.tuning.vector import dimension
@@ -123,18 +125,23 @@ class TestTheTrainer:
         assert len(update) == dimension(tuned_model(plan).layout) < len(everything)
         assert update.any()
 
-    def test_one_step_moves_each_part_as_if_all_were_sent(self, base, tmp_path):
-        """Clip and noise are those of the whole: what stays is not left out of the accounting."""
-        private = {"privacy": tiny.make_plan(base).privacy}
-        plan, plain = plan_of(base, "score", **private), plan_of(base, **private)
-        update = trainer(tmp_path).train(request(plan)).update
+    @pytest.mark.parametrize("factor", [1.0, 0.5, 2.0])
+    def test_what_stays_is_noised_like_what_is_sent(self, base, tmp_path, monkeypatch, factor):
+        """A step that sees nobody: the plan's noise in either part. The controls: other noise."""
+        plan = plan_of(base, "score", privacy=tiny.make_plan(base).privacy)
+        usual = mechanism(plan)
+        less = dataclasses.replace(usual, noise_multiplier=usual.noise_multiplier * factor)
+        monkeypatch.setattr(module, "mechanism", lambda _: less)
+        nobody = LocalTrainer(Records(rows=(), units=()), key=tiny.key("a"), keep=tmp_path)
+        update = nobody.train(request(plan)).update
         (file,) = tmp_path.rglob("*.safetensors")
         kept, start = from_bytes(file.read_bytes()), from_bytes(tuned_model(plan).start)
-        assert len(kept) == 1
-        noise = np.concatenate([update, *((kept[n] - start[n]).numpy().ravel() for n in kept)])
-        whole = trainer(None).train(request(plain)).update
-        assert len(noise) == len(whole)
-        assert 0.5 < float(noise.std() / whole.std()) < 2, "other draws of the same noise"
+        stayed = np.concatenate([(kept[n] - start[n]).numpy().ravel() for n in kept])
+        rounds = plan.rounds
+        scale = rounds.learning_rate * usual.noise_multiplier * usual.clip / rounds.normaliser
+        for part in (update, stayed):
+            near = abs(float(part.std()) / scale - 1) < 5 / (2 * len(part)) ** 0.5
+            assert near == (factor == 1.0)
 
     def test_the_next_round_goes_on_from_what_was_kept(self, base, tmp_path):
         plan = plan_of(base, "score")
