@@ -19,4 +19,6 @@ def fallback_of(plan: Plan, work: Path) -> Callable[[int, bytes], bytes] | None:
 
 def gate_of(plan: Plan) -> Loss | None:
     """The plan's ``[gate]`` over its records, read before anybody trains."""
-    return plan.gate and held_out_loss(plan, gate_records(plan, Path(plan.gate.data)))
+    if plan.gate is None:
+        return None
+    return held_out_loss(plan, gate_records(plan, Path(plan.gate.data)))

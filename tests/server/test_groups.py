@@ -28,10 +28,10 @@ HASTY = dataclasses.replace(GROUPED, rounds=dataclasses.replace(PLAN.rounds, dea
 
 @pytest.fixture
 def make_rig(tmp_path):
-    rigs = []
+    rigs = list[Rig]()
 
     def make(**options):
-        given = {"plan": GROUPED, "sites": 9} | options
+        given: dict[str, Any] = {"plan": GROUPED, "sites": 9} | options
         rigs.append(Rig(tmp_path / str(len(rigs)), **given))
         return rigs[-1]
 
@@ -172,7 +172,7 @@ def test_published_cohorts_are_read_strictly(make_rig):
     assert read(one) == [(tuple(group), tuple(group)) for group in one]
     four = dataclasses.replace(GROUPED, cohort=Cohort(minimum=3, colluders=1, groups=3))
     mixed = [sorted([*one[0][:2], one[1][0]]), *one[1:]]
-    wrong = [one[::-1], one[:2], [*one, one[0]], [one[0], one[0], one[2]], mixed]
+    wrong: list[Any] = [one[::-1], one[:2], [*one, one[0]], [one[0], one[0], one[2]], mixed]
     wrong += [[one[0][:2], *one[1:]], [one[0][::-1], *one[1:]], one[0], [[[0]], *one], "x", None]
     wrong += [[[], *one[1:]], [[True, *one[0]], *one[1:]]]
     for found in wrong:
