@@ -126,6 +126,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("tuner", "method", ["qlora"], "'lora', and quantize = 'nf4' in [model]"),
     ("tuner", "personal", [["a*"], [""]], "plain names, of letters, digits"),
     ("tuner", "personal", ["score"], "a list"),
+    ("tuner", "ranks", [[4], "a"], "a section"),
     ("tuner", "r", [math.nan], "text, numbers, true, false, or lists of them"),
     ("task", "objective", ["ppo"], "one of 'sft', 'classify', 'dpo', 'kto'"),
     ("task", "beta", [0.2], "none: it belongs to dpo and kto"),
@@ -504,7 +505,10 @@ def test_the_hash_changes_with_each_key(full):
     assert len({plan.hash() for plan in plans}) == len(plans)
     wide, bits = replace(full, metrics=None), {"word_bits": 16}  # 16 are refused beside [metrics]
     assert changed(wide, "aggregation", bits).hash() != wide.hash()
-    one_value = {"mode", "method", *bits}
+    ranks: list[Any] = [None, {"a": 4}, {"a": 2}, {"b": 4}]
+    sketch = replace(full, aggregation=Aggregation(scheme="sketch"), tuner=Tuner())
+    assert len({changed(sketch, "tuner", {"ranks": r}).hash() for r in ranks}) == len(ranks)
+    one_value = {"mode", "method", "ranks", *bits}
     only_sft = {"messages", "prompt", "completion"}
     left = {(s, k) for s, k, _ in KEYS} - {
         (s, k) for s, cs in CHANGES.items() for c in cs for k in c
