@@ -216,14 +216,16 @@ class LinkGrid(Grid):
         self._next_look = now + min((now - self._last_found) / 10, _LONGEST_POLL)
         asked = {number: self._pending[number] for number in message_ids}
         self._look(asked)
-        self._redeliver(asked)
-        found = list[Message]()
+        found, activations = list[Message](), self._activations()
         for number, pending in asked.items():
             whole = None if pending.reply is None else self._whole(pending.reply, pending.parts)
             if whole is not None:
                 found.append(whole)
                 del self._pending[number]
                 retry_busy(partial(self._clean, number, whole.metadata.message_id))
+            else:
+                said = activations.get(pending.message.metadata.dst_node_id, "")
+                self._redeliver(number, pending, said)
         self._last_found = now if found else self._last_found
         return found
 
@@ -294,22 +296,24 @@ class LinkGrid(Grid):
                 for number, reply in away.items():
                     asked[number].reply = reply
 
-    def _redeliver(self, asked: Mapping[str, _Pending]) -> None:
-        """Send again what a site that started anew has lost: it answers the same letter alike.
+    def _redeliver(self, number: str, pending: _Pending, said: str) -> None:
+        """Send again what a site that said hello anew (``said``) has lost: it answers alike.
 
-        And what Flower has dropped. When a site confirms a message, its pieces are deleted; if it
-        had been sent again meanwhile, the second copy then has none, and Flower forgets it.
+        Its answer may have been cut in two: a header whose content never comes. And what Flower has
+        dropped: when a site confirms a message, its pieces are deleted; if it had been sent again
+        meanwhile, the second copy then has none, and Flower forgets it.
         """
-        activations = self._activations()
-        for number, pending in asked.items():
-            now = activations.get(pending.message.metadata.dst_node_id, "")
-            if pending.reply is None and now != pending.activation:
-                pending.activation = now
-                pending.deliveries += 1
-                if pending.deliveries <= _DELIVERIES:
-                    self._state.delete_messages({number})
-                    with no_object_id_recompute():
-                        self._store(pending)
+        if said == pending.activation:
+            return
+        pending.activation = said
+        pending.deliveries += 1
+        if pending.deliveries <= _DELIVERIES:
+            if pending.reply is not None:
+                self._state.object_store.delete(pending.reply.metadata.message_id)
+                pending.reply, pending.parts = None, {}
+            self._state.delete_messages({number})
+            with no_object_id_recompute():
+                self._store(pending)
 
     def _whole(self, header: Message, parts: dict[str, bytes]) -> Message | None:
         """The reply with its content, once every object of it has arrived; ``parts`` holds them."""

@@ -377,6 +377,21 @@ def test_what_a_site_did_not_answer_goes_when_it_is_asked_again(house):
             assert len(grid._pending) == house.state.num_message_ins() == 1
 
 
+def test_an_answer_that_was_cut_in_two_is_asked_for_again(house):
+    """A site whose cable is cut in its upload has announced an answer that never becomes whole."""
+    with house.grid() as grid:
+        house.activate(0)
+        (number,) = grid.push_messages([letter(grid, house.nodes[0], b"abc")])
+        assert announced(house, reply_of(grid, number)).objects_to_push  # none of which follows
+        assert list(grid.pull_messages([number])) == []
+        assert grid._pending[number].reply is not None
+        house.clients(0).DeactivateNode(DeactivateNodeRequest(node_id=house.nodes[0]))
+        with house.online(echo(), house.sites[0]):
+            (found,) = until_pulled(grid, number)
+        assert data_of(found) == b"cba"
+    assert len(house.state.object_store) == 0
+
+
 def test_an_announced_piece_comes_in_its_session_alone(house):
     with house.grid() as grid:
         house.activate(0)
