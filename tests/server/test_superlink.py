@@ -263,6 +263,7 @@ def test_the_database_outlives_a_killed_engine_and_its_run_does_not(house):
     left = LinkGrid(house.state)  # killed: never closed
     left.push_messages([letter(left, house.nodes[0], b"old")])
     end_left_runs(house.state)
+    house.activate(0).DeactivateNode(DeactivateNodeRequest(node_id=house.nodes[0]))
     with house.online(echo(), house.sites[0]), house.grid() as grid:
         house.wait_online(grid, 1)
         assert house.state.num_message_ins() == 0
