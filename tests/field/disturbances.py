@@ -19,10 +19,10 @@ from fedward.server.store import Event, Phase
 from tests.field import clocks
 from tests.field.machines import Field
 
-DEADLINE = 45
+DEADLINE = 60
 """Seconds: the strict run's, longer than a busy machine takes to start a trainer."""
 
-LONG = 75.0
+LONG = 90.0
 """Seconds: longer than the deadline, and than the minute after which Flower forgets a run."""
 
 SHORT = 40.0
@@ -119,18 +119,6 @@ def stop_coordinator(at: Moment) -> AbstractContextManager[None]:
 def stop_engine(at: Moment) -> AbstractContextManager[None]:
     """The round engine alone: the sites' answers come in meanwhile."""
     return _still([at.field.part("engine")], LONG)
-
-
-def all_before(fault: Fault) -> Fault:
-    """A fault that is over before everybody goes on."""
-
-    @contextlib.contextmanager
-    def whole(at: Moment) -> Iterator[None]:
-        with fault(at):
-            pass
-        yield
-
-    return whole
 
 
 def cable(seconds: float | None, **mode: object) -> Fault:
@@ -245,6 +233,8 @@ def copied_folder(at: Moment) -> Iterator[None]:
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.sock"))
     SiteFolder.load(copy)
     at.field.start(name, "tests.field.site", str(copy), at.victim, "honest", at=at.victim)
+    log = at.field.root / f"{name}.log"
+    at.field.wait("the copy's hello", lambda: ": connected" in log.read_text())
     yield
     at.wait()
     at.field.kill(name)

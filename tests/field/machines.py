@@ -286,9 +286,9 @@ class Field:
                 raise AssertionError(f"{', '.join(gone)} ended while waiting for {what}")
             time.sleep(0.1)
 
-    def wait_at(self, place: str) -> None:
-        """Until a process of every site waits at the armed place (:mod:`tests.field.hold`)."""
-        roots = [site.root for site in self.sites.values()]
+    def wait_at(self, place: str, but: str = "") -> None:
+        """Until a process of every site but one waits there (:mod:`tests.field.hold`)."""
+        roots = [site.root for name, site in self.sites.items() if name != but]
         self.wait(place, lambda: hold.all_stay(roots, place))
 
     def logs(self) -> str:

@@ -5,8 +5,8 @@ goes through from end to end. Every run must end by itself, every adapter must b
 arithmetic makes of the round's cohort with the sites' fixed keys, and every ledger must have what
 left its site, once. At last one hospital counts its update twice: the check has to name the round.
 
-``--page FILE`` writes the table into a page, ``--only WORD`` takes the cases with a word in their
-name. The last line printed is a summary in JSON.
+``--page FILE`` writes the table into a page, ``--only WORD`` takes the cases with a word in
+``RUN: FAULT, STAGE``. The last line printed is a summary in JSON.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def reach(at: Moment, case: Case) -> None:
     if case.stage == "between":
         at.field.wait("the pause", lambda: at.field.state(at.run) == "paused")
     else:
-        at.field.wait_at(case.place(at.number))
+        at.field.wait_at(case.place(at.number), but=case.victim if case.apart else "")
 
 
 def pause_before(at: Moment, after: Case | None) -> None:
@@ -235,7 +235,7 @@ def main() -> int:
             "seconds": round(time.monotonic() - field.started),
         }
         if asked.page:
-            faults_page.write(asked.page, rows, summary)
+            faults_page.write(asked.page, rows)
         CONSOLE.print(json.dumps({**summary, "rows": rows}), markup=False)
     return 0
 

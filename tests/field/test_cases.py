@@ -5,7 +5,7 @@ import pytest
 from tests.field import cases, faults_page
 
 ROW = {
-    "fault": "agent stands still for 75 s",
+    "fault": "agent stands still for 90 s",
     "stage": "training",
     "attempt": 1,
     "cohort": ["northgate", "valley", "summit"],
@@ -31,7 +31,7 @@ def test_another_sum_or_another_log_than_what_should_be_is_named():
     case = case_of(ROW)
     case.check(ROW, "")
     for cohort in (["harbour", *ROW["cohort"]], ["harbour", "valley", "summit"], ["valley"]):
-        with pytest.raises(AssertionError, match=r"stands still for 75 s, training"):
+        with pytest.raises(AssertionError, match=r"stands still for 90 s, training"):
             case.check({**ROW, "cohort": cohort}, "")
     half_open = {**ROW, "fault": "half-open connection, 40 s", "cohort": ["a", "b", "c", "d"]}
     case_of(half_open).check(half_open, "WARNING: the coordinator cannot be reached: ReadTimeout")
@@ -39,16 +39,20 @@ def test_another_sum_or_another_log_than_what_should_be_is_named():
         case_of(half_open).check(half_open, "nothing to see")
 
 
-def test_the_table_goes_between_its_marks_and_nowhere_else(tmp_path):
+def test_the_table_goes_between_its_marks_and_keeps_what_other_runs_wrote(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- processes -->\nold\n<!-- end of processes -->\nafter\n")
-    faults_page.write(page, [ROW], {"seconds": 90})
+    faults_page.write(page, [ROW])
+    later = {**ROW, "stage": "masked", "cohort": ["harbour", *ROW["cohort"]], "left_out": []}
+    faults_page.write(page, [later])
+    faults_page.write(page, [{**later, "seconds": 81}])
     text = page.read_text()
     assert text.startswith("before\n<!-- processes -->\n| fault |")
-    assert text.endswith("<!-- end of processes -->\nafter\n")
+    assert text.endswith("\n2 pairs.\n<!-- end of processes -->\nafter\n")
     assert "old" not in text
-    assert "| agent stands still for 75 s | training | 1 / 3 / 0 | 80 |" in text
-    assert "harbour: no answer" in text
+    assert text.count("| agent stands still for 90 s | training | 1 / 3 / 0 | 80 |") == 1
+    assert text.count("| agent stands still for 90 s | masked | 1 / 4 / 0 | 81 | nothing |") == 1
+    assert "left out: no answer" in text
     page.write_text("nothing")
-    with pytest.raises(ValueError, match="found 0"):
-        faults_page.write(page, [ROW], {"seconds": 90})
+    with pytest.raises(ValueError, match="no part"):
+        faults_page.write(page, [ROW])
