@@ -152,10 +152,13 @@ def _members() -> list[Case]:
     """Who is who; the deadline is a minute."""
     return [
         Case(fault="copy of a site's folder elsewhere", stage="between",
-             strike=do.copied_folder, victim=SUMMIT, sites=0),
+             strike=do.copied_folder, victim=SUMMIT, sites=0, says="lines were once acknowledged",
+             todo="revoke the site: its keys are in two places"),
         Case(fault="that member revoked", stage="training", strike=do.revoke, victim=SUMMIT,
-             sites=3, apart=True),
-        Case(fault="none: the three that are left", stage="training", strike=do.nothing),
+             sites=3, apart=True, says="it was revoked",
+             todo="nothing; the site needs a new token and new keys to come back"),
+        Case(fault="none, with the three that are left", stage="training", strike=do.nothing,
+             victim=SUMMIT, sites=3),
     ]  # fmt: skip
 
 

@@ -238,6 +238,8 @@ def copied_folder(at: Moment) -> Iterator[None]:
     yield
     at.wait()
     at.field.kill(name)
+    with (at.field.root / f"{at.victim}.log").open("a") as said:
+        said.write(log.read_text())  # one of the two is refused: whichever was asked second
 
 
 @contextlib.contextmanager

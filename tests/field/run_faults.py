@@ -110,7 +110,7 @@ def reach(at: Moment, case: Case) -> None:
 def pause_before(at: Moment, after: Case | None) -> None:
     """Let the run pause at the end of this round where the next fault strikes between rounds."""
     if after is not None and after.stage == "between":
-        at.field.wait("the round", lambda: at.events(Phase.STARTED) != [])
+        at.field.wait("the round", lambda: at.events(Phase.INVITED) != [])
         steer(at.field, "Pause", at.run)
 
 
