@@ -44,11 +44,12 @@ def run(ground: Ground, scratch: Path, *, numbers: int, fault: str) -> Outcome:
             end=_End(processes, scratch),
         )
         ended, seconds = play(system, marks, fault)
-        (number,) = (str(run["run-id"]) for run in _runs(processes))
-        log = processes.ask("flwr", FLWR, "log", number, "here", "--show").decode()
+        (listed,) = _runs(processes)
+        log = processes.ask("flwr", FLWR, "log", str(listed["run-id"]), "here", "--show").decode()
     rounds = (scratch / "counted").read_text().splitlines()
     counted = sum(VICTIM in json.loads(line) for line in rounds)
-    said = "; ".join(_FAILURES.findall(log))
+    details = [text for text in [listed["status-details"]] if text != "N/A"]
+    said = "; ".join([*_FAILURES.findall(log), *details])
     return Outcome(ended=ended, seconds=seconds, counted=counted, said=said)
 
 
