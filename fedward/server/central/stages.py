@@ -187,7 +187,8 @@ def _critic(step: Step, start: Path) -> Any:  # noqa: ANN401  # transformers' or
     lora = LoraConfig(
         task_type=TaskType.TOKEN_CLS, target_modules="all-linear", exclude_modules=[*HEADS]
     )
-    model = get_peft_model(critic, lora)
+    with without_peft_noise():
+        model = get_peft_model(critic, lora)
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     return model
