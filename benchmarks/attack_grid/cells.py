@@ -207,10 +207,10 @@ def _federate(
         gate=held_out_loss(plan, public) if plan.gate else None,
         agents=dict.fromkeys(hostile, UnclippedAgent) if cell.attack == "past-the-clip" else None,
     )
-    ends, missed, norms = Counter[str](), 0, list[float]()
+    ends, missed, adapter = Counter[str](), 0, tuned.start
 
     def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
-        nonlocal missed
+        nonlocal adapter, missed
         if not isinstance(facts, dict):
             return
         if phase in ROUND_ENDS | {Phase.ABORTED}:
@@ -218,13 +218,13 @@ def _federate(
         if phase in ROUND_ENDS:
             there = {names[each] for each in facts["cohort"]}
             missed += len(set(names) - set(hostile) - there)
-            if "gate" in facts:
-                norms.append(facts["gate"]["norm"])
+            adapter = (folder / "coordinator" / "blobs" / facts["adapter"]).read_bytes()
 
     try:
-        adapter, ended = federation.run(observe), ""
+        federation.run(observe)
+        ended = ""
     except RoundError as error:
-        adapter, ended = federation.adapter, str(error)
+        ended = str(error)
     return {
         "adapter": adapter,
         "ended": ended,
@@ -232,5 +232,4 @@ def _federate(
         "aborted": ends[Phase.ABORTED],
         "rounds": ends[Phase.COMMITTED],
         "missed": missed,
-        "norms": norms,
     }

@@ -131,7 +131,7 @@ def list_runs(folder: _Folder = _DEFAULT, json_output: _Json = False) -> None:
 
 @run_app.command()
 def show(name: _Name, folder: _Folder = _DEFAULT, json_output: _Json = False) -> None:
-    """One run: its state, what it does now, and which sites the newest round left out."""
+    """One run: its state, what it does now, who was left out, and what the gate refused."""
     _verb("Show", name, folder, json_output)
 
 
@@ -200,6 +200,8 @@ def _facts(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "adapter", run["adapter"]
     for line in run["left_out"]:
         yield "left out", line
+    for line in run["refused"]:
+        yield "refused", line
     changed = datetime.datetime.fromtimestamp(run["changed"], datetime.UTC)
     yield "since", f"{changed:%Y-%m-%d %H:%M:%S} UTC"
 

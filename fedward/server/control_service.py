@@ -129,6 +129,11 @@ class ControlService(control_pb2_grpc.ControlServicer):
             for event in events
             if event.phase is Phase.LEFT_OUT and event.attempt.order == last
         ]
+        refused = [
+            f"round {event.attempt.round}: {json.loads(event.payload)['reason']}"
+            for event in events
+            if event.phase is Phase.REFUSED
+        ]
         return wire.Run(
             name=run.name,
             plan=run.plan.name,
@@ -141,6 +146,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             adapter=newest,
             changed=run.changed,
             left_out=left_out,
+            refused=refused,
         )
 
     def _events(self, name: str) -> list[Event]:

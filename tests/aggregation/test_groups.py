@@ -5,13 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
+from fedward.aggregation import wire
 from fedward.aggregation.groups import check_groups, group_of, groups_of, middle
 from fedward.aggregation.parameters import SessionParameters
 from fedward.aggregation.planned import planned_session
 from fedward.attempt import Attempt
-from fedward.errors import InvalidValue
+from fedward.errors import InvalidValue, ProtocolError
 from fedward.identity import Identity, Member, Roster
 from fedward.plan_aggregation import Aggregation, Cohort
+from tests.aggregation.rig import make_rig
 from tests.client.desk import PLAN
 
 NINE = Roster(
@@ -120,3 +122,19 @@ def test_a_group_is_in_the_parameters_and_nobody_else_is_allowed():
     assert "group = " in made.difference(other.to_bytes())
     with pytest.raises(InvalidValue, match="group"):
         dataclasses.replace(made, group=group[::-1])
+
+
+def test_a_site_of_another_group_is_let_into_no_session():
+    """It would be in two sums, and this group's would tell less of who is in it."""
+    sites = (1, 2, 3, 4)
+    for group in ((1, 2, 3), (1, 2, 3, 4)):
+        rig = make_rig(sites, group=group, minimum=3)
+        rig.exchange("R0", dict.fromkeys(rig.sites, rig.tally.request()))
+        hellos = wire.encode_hellos([wire.decode_hello(rig.said["R0"][site]) for site in sites])
+        if group == sites:
+            rig.answer("R1", 1, hellos)  # control: it is the group
+            continue
+        with pytest.raises(ProtocolError, match="not in the cohort of the first pass or group"):
+            rig.tally.close_hellos()
+        with pytest.raises(ProtocolError, match="not in the cohort of the first pass or group"):
+            rig.answer("R1", 1, hellos)

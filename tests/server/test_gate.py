@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from fedward import failpoints
+from fedward import failpoints, typed_toml
 from fedward.attempt import Attempt
 from fedward.canonical import canonical_json
+from fedward.cli import app
 from fedward.client.approval import approve
 from fedward.client.last_round import read_refused
 from fedward.client.training import Scores, TrainRequest, TrainResult
@@ -25,6 +27,8 @@ from fedward.errors import (
 from fedward.plan import Plan
 from fedward.plan_aggregation import Aggregation
 from fedward.plan_gate import Gate
+from fedward.private_files import write_private
+from fedward.server.control_client import open_control
 from fedward.server.gate import gate_records, held_out_loss, judge, loss_apart
 from fedward.server.registry import Registry
 from fedward.server.registry_entries import add_run
@@ -34,6 +38,8 @@ from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import replace_vector, vector_of
 from tests.client import desk
 from tests.client.test_continuity import at, bent, field  # noqa: F401  # a fixture
+from tests.server import office, test_coordinator
+from tests.server.test_coordinator import House, state, wait_for
 from tests.server.test_rounds import Rig, tasks
 from tests.simulations import tiny
 
@@ -315,3 +321,49 @@ def test_a_process_of_its_own_finds_the_same_loss_and_says_what_went_wrong(
     assert loss_apart(plan, held_out, tmp_path / "gone", moved, tmp_path) == found, "it is known"
     with pytest.raises(ModelError, match=r"ended with 1: .*nowhere"):
         loss_apart(plan, tmp_path / "nowhere.jsonl", base, start, tmp_path / "other")
+
+
+class Anything(desk.Scripted):
+    """A scripted trainer of any model."""
+
+    def prepare(self, request: TrainRequest) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_served_run_is_refused_paused_and_resumed(base, held_out, tmp_path, monkeypatch):
+    """Sites on the real wire, whose updates are scripted numbers: too long for the gate."""
+    monkeypatch.setattr(test_coordinator, "Slow", Anything)
+    house, toml = House(tmp_path / "house"), tmp_path / "plan.toml"
+    data = tmp_path / "held-out.jsonl"
+    data.write_bytes(held_out.read_bytes())
+    plan = make_plan(base, data, gate=Gate(data=str(data), norm=1e-9, refusals=2))
+    rounds = dataclasses.replace(plan.rounds, count=3, spare=1)
+    plan = dataclasses.replace(plan, rounds=rounds, privacy=desk.PLAN.privacy)
+    toml.write_text(typed_toml.dump(plan))
+    for site in house.sites:
+        text = site.policy.read_text().replace("a" * 64, str(plan.model.sha256))
+        write_private(site.policy, (text + 'objectives = ["classify"]\n').encode())
+    with (
+        office.serving(house.folder),
+        house.engine(),
+        house.online(house.sites),
+        open_control(house.folder) as control,
+    ):
+        words = ["run", "start", str(toml), "--name", "gated", "--coordinator"]
+        started = CliRunner().invoke(app, [*words, str(house.folder.root)])
+        assert started.exit_code == 0, started.output
+        data.unlink()  # the coordinator has a copy
+        wait_for(lambda: state(control, "gated") in {"finished", "paused"}, seconds=120)
+        shown = control.call("Show", "gated")
+        assert shown["state"] == "paused", shown
+        assert "refused 2 rounds in a row" in shown["reason"]
+        assert [line.partition(": ")[0] for line in shown["refused"]] == ["round 1", "round 2"]
+        assert "the mean's norm is" in shown["refused"][0]
+        control.call("Resume", "gated")
+        wait_for(lambda: state(control, "gated") in {"finished", "paused"}, seconds=120)
+        assert "no round is committed" in control.call("Show", "gated")["reason"]
+        control.call("Abort", "gated")
+        phases = [event["phase"] for event in control.watch("gated") if not event["site"]]
+    assert phases.count("refused") == 3

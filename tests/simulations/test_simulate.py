@@ -389,3 +389,27 @@ max_length = 16
     (_, first), (_, third) = tiny.facts_of(coordinator, Phase.COMMITTED)
     assert attempt.round == 2
     assert len({facts["adapter"] for facts in (first, alone, third)}) == 3
+
+
+def test_groups_and_a_gate_from_files_to_a_report(fedward, tmp_path, base):
+    """Nine hospitals in three groups; the gate refuses whatever moves at all."""
+    public = tiny.write_data(tmp_path / "public", tiny.make_rows("public", 4)) / "train.jsonl"
+    gate = f'[gate]\ndata = "{public}"\nnorm = 1e-6\nrefusals = 5\n'
+    rows = [row for name in "abcdefghi" for row in tiny.make_rows(name, 2)]
+    section = ("[cohort]\n", f"{gate}[cohort]\ngroups = 3\n")
+    code, out, err = fedward("simulate", *make_files(tmp_path, base, section, rows=rows))
+    assert code == 1
+    assert "round 1 refused: the mean's norm is" in out
+    assert "has no adapter yet: no round is committed" in err
+    assert report_of(tmp_path / "out")["rounds"] == 2, "they count, and were paid for"
+    open_gate = (
+        gate,
+        gate.replace("1e-6", "10.0").replace("refusals", "worse_by = 10.0\nrefusals"),
+    )
+    (tmp_path / "again").mkdir()
+    files = make_files(tmp_path / "again", base, section, open_gate, rows=rows)
+    code, out, err = fedward("simulate", *files)
+    assert (code, "refused" in out) == (0, False), err
+    events = tiny.facts_of(tmp_path / "again" / "out" / "run", Phase.COMMITTED)
+    assert [len(facts["groups"]) for _, facts in events] == [3, 3]
+    assert all(facts["gate"]["norm"] > 1e-6 for _, facts in events)
