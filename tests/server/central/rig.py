@@ -74,7 +74,7 @@ def build_experts(folder: Path, *, kind: str = "mixtral", layers: int = 1) -> Pa
     """A mixture of four experts, of which two answer for a token."""
     build_base(folder, layers=layers)  # for its tokenizer
     shape: dict[str, Any] = {
-        "vocab_size": 300,
+        "vocab_size": json.loads((folder / "config.json").read_bytes())["vocab_size"],
         "hidden_size": 64,
         "intermediate_size": 32,
         "num_hidden_layers": layers,
