@@ -1,21 +1,24 @@
 """What the fault test asks of each case, and the table that it writes."""
 
+from typing import Any
+
 import pytest
 
 from tests.field import cases, faults_page
 
-ROW = {
+OTHERS = ["northgate", "valley", "summit"]
+ROW: dict[str, Any] = {
     "fault": "agent stands still for 90 s",
     "stage": "training",
     "attempt": 1,
-    "cohort": ["northgate", "valley", "summit"],
+    "cohort": OTHERS,
     "left_out": ["harbour: no answer"],
     "spent": 0,
     "seconds": 80,
 }
 
 
-def case_of(row):
+def case_of(row: dict[str, Any]) -> cases.Case:
     (found,) = [c for run in cases.RUNS for c in run.cases if c.fault == row["fault"]
                 and c.stage == row["stage"]]  # fmt: skip
     return found
@@ -30,7 +33,7 @@ def test_the_pairs_are_different_and_a_run_does_not_begin_between_two_rounds():
 def test_another_sum_or_another_log_than_what_should_be_is_named():
     case = case_of(ROW)
     case.check(ROW, "")
-    for cohort in (["harbour", *ROW["cohort"]], ["harbour", "valley", "summit"], ["valley"]):
+    for cohort in (["harbour", *OTHERS], ["harbour", "valley", "summit"], ["valley"]):
         with pytest.raises(AssertionError, match=r"stands still for 90 s, training"):
             case.check({**ROW, "cohort": cohort}, "")
     half_open = {**ROW, "fault": "half-open connection, 40 s", "cohort": ["a", "b", "c", "d"]}
@@ -43,7 +46,7 @@ def test_the_table_goes_between_its_marks_and_keeps_what_other_runs_wrote(tmp_pa
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- processes -->\nold\n<!-- end of processes -->\nafter\n")
     faults_page.write(page, [ROW])
-    later = {**ROW, "stage": "masked", "cohort": ["harbour", *ROW["cohort"]], "left_out": []}
+    later = {**ROW, "stage": "masked", "cohort": ["harbour", *OTHERS], "left_out": []}
     faults_page.write(page, [later])
     faults_page.write(page, [{**later, "seconds": 81}])
     text = page.read_text()
