@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from fedward.errors import DataError
 from fedward.plan import Model
-from fedward.server.central.job import Data, Step
+from fedward.server.central.job import Data, Keep, Step
 from fedward.server.central.loading import open_trained
 from fedward.server.central.manifest import read_manifest
 from fedward.server.central.predicting import predict
@@ -66,6 +66,15 @@ def test_classes_are_learned_kept_by_the_next_step_and_told(base, tmp_path):
 def test_nothing_learned_tells_no_classes_apart(base, tmp_path):
     (report,) = run(classify(base, tmp_path, train={"learning_rate": 0.0}), out=tmp_path / "out")
     assert report["evaluation"]["eval_accuracy"] <= 0.5
+
+
+def test_what_it_knew_is_weighed_and_measured(base, tmp_path):
+    old = write_rows(tmp_path / "old.jsonl", rows("old"))
+    keep = Keep(data=str(old), evaluation=str(old), replay=0.3, ewc=1.0, ewc_examples=4)
+    (report,) = run(classify(base, tmp_path, keep=keep, train={"max_steps": 2}), out=tmp_path)
+    before, after = report["kept"]["before"], report["kept"]["after"]
+    assert {"loss", "accuracy"} <= before.keys() == after.keys()
+    assert before["loss"] != after["loss"]
 
 
 @pytest.mark.parametrize("change", ["accumulated", "checkpointed"])
