@@ -13,6 +13,7 @@ Guarantees:
     one more: the mean of the middle two).
 """
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from fedward.attempt import Attempt
 from fedward.canonical import digest
-from fedward.errors import InvalidValue
+from fedward.errors import InvalidValue, ProtocolError
 from fedward.identity import Roster
 from fedward.plan_aggregation import Cohort
 
@@ -31,44 +32,78 @@ Group = tuple[int, ...]
 """Site ids, ascending; empty: everybody."""
 
 
-def groups_of(cohort: Cohort, roster: Roster, attempt: Attempt) -> tuple[Group, ...]:
-    """The groups of a round, alike in all its attempts, so that nobody can try for better ones.
+def groups_of(
+    cohort: Cohort, roster: Roster, attempt: Attempt, dealt: Sequence[int]
+) -> tuple[Group, ...]:
+    """The groups of a round: the same sites are dealt alike in all its attempts.
 
     Args:
         cohort: The plan's.
-        roster: The pinned roster: whom it holds is dealt, whoever is there.
+        roster: The pinned roster.
         attempt: Any at the round.
+        dealt: Ids of the sites that are invited. The coordinator leaves out who keeps away, and so
+            has some choice of who is with whom; that is why minimum and colluders hold for a group.
 
     Returns:
         Groups whose sizes differ by one at most; without groups in the plan, everybody's alone.
 
     Raises:
-        InvalidValue: The roster is too small for them.
+        InvalidValue: They are too few for the plan's groups.
     """
     if cohort.groups == 1:
         return ((),)
-    check_groups(cohort, len(roster.members))
+    check_groups(cohort, len(dealt))
     place = (attempt.run, attempt.round.to_bytes(4, "big"), roster.hash())
 
     def drawn(site: int) -> bytes:
         return digest("group", *place, site.to_bytes(4, "big"))
 
-    order = sorted((member.id for member in roster.members), key=drawn)
+    order = sorted(dealt, key=drawn)
     return tuple(tuple(sorted(order[first :: cohort.groups])) for first in range(cohort.groups))
 
 
-def group_of(cohort: Cohort, roster: Roster, attempt: Attempt, site: int) -> Group:
-    """The group that a site is in.
+def read_dealt(found: object, roster: Roster) -> Group:
+    """The sites that a coordinator says it has dealt: ids of the roster, ascending.
 
     Raises:
-        InvalidValue: The roster is too small for the plan's groups.
+        ProtocolError: They are not that.
     """
-    groups = groups_of(cohort, roster, attempt)
-    return next((group for group in groups if site in group), ())
+    known = {member.id for member in roster.members}
+    if not isinstance(found, list) or not all(type(site) is int for site in found):
+        raise ProtocolError("the sites dealt to groups are not a list of ids")
+    if found != sorted(known.intersection(found)):
+        raise ProtocolError("the sites dealt to groups are not ascending ids of the roster")
+    return tuple(found)
+
+
+def group_of(cohort: Cohort, roster: Roster, attempt: Attempt, dealt: bytes, site: int) -> Group:
+    """The group that a site is in; empty where the plan has none.
+
+    Args:
+        cohort: The plan's.
+        roster: The pinned roster.
+        attempt: Any at the round.
+        dealt: What the task says of who is dealt: JSON.
+        site: The site.
+
+    Raises:
+        ProtocolError: It is not a list of ids of the roster, or the site is not in it.
+        InvalidValue: They are too few for the plan's groups.
+    """
+    if cohort.groups == 1:
+        return ()
+    try:
+        ids = read_dealt(json.loads(dealt), roster)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("the sites dealt to groups are not JSON") from error
+    for group in groups_of(cohort, roster, attempt, ids):
+        if site in group:
+            return group
+    raise ProtocolError("this site is asked, and in none of the groups")
 
 
 def check_groups(cohort: Cohort, sites: int) -> None:
-    """Refuse a federation in which a group would be smaller than the minimum.
+    """Refuse so few sites that a group would be smaller than the minimum.
 
     Raises:
         InvalidValue: With how many groups there may be.

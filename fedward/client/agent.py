@@ -253,7 +253,9 @@ class Agent:
             attempt,
             task_hash=task_hash(adapter, plan.hash(), plan.aggregation.scheme),
             dimension=request.rule.words,
-            group=group_of(plan.cohort, self._roster, attempt, self._site),
+            group=group_of(
+                plan.cohort, self._roster, attempt, letter.parts.get("dealt", b""), self._site
+            ),
         )
         self._memory.keep_task(attempt, adapter)
         failpoints.hit("agent.kept")
@@ -268,7 +270,10 @@ class Agent:
         self._note("reserved", reservation_facts(plan, attempt, self._policy, approval))
         self._ledger.reserve(attempt, journal=self._journal.head if self._journal else None)
         failpoints.hit("agent.reserved")
-        result = self._held(request) or widened(self._trainer.train(asked), request, rank)
+        held = self._held(request)
+        if held is None:  # no update leaves once another has been trained, perhaps to no end
+            self._work = None
+        result = held or widened(self._trainer.train(asked), request, rank)
         failpoints.hit("agent.trained")
         session = self._session(expected)
         self._work = _Work(request=request, result=result, expected=expected, session=session)

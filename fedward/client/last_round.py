@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedward.aggregation.groups import FEWEST, Group, groups_of, middle
+from fedward.aggregation.groups import FEWEST, Group, groups_of, middle, read_dealt
 from fedward.aggregation.packing import check_mean, unpack
 from fedward.aggregation.parameters import SessionParameters
 from fedward.aggregation.planned import planned_session
@@ -39,24 +39,26 @@ def read_cohorts(
     """The published cohorts, each with the group that it is of.
 
     Args:
-        data: JSON: ids, or with groups a list of them for each group that has a sum.
+        data: JSON: ids; or with groups the sites that were dealt, and the ids of each group that
+            has a sum.
         roster: The pinned roster.
         plan: Its minimum is that of each cohort.
         attempt: The committed one.
 
     Raises:
         ProtocolError: It is not that.
-        InvalidValue: The roster is too small for the plan's groups.
+        InvalidValue: Too few were dealt for the plan's groups.
     """
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("the published cohort is not JSON") from error
-    groups = groups_of(plan.cohort, roster, attempt)
-    if groups == ((),):
+    if plan.cohort.groups == 1:
         return [((), read_cohort(found, [member.id for member in roster.members], plan))]
-    if not isinstance(found, list) or len(found) < FEWEST:
+    if not isinstance(found, list) or len(found) < 1 + FEWEST:
         raise ProtocolError(f"the published cohorts are not those of {FEWEST} groups or more")
+    dealt, *found = found
+    groups = groups_of(plan.cohort, roster, attempt, read_dealt(dealt, roster))
     cohorts, left = list[tuple[Group, Cohort]](), iter(groups)
     for each in found:  # in the order of the groups, of which some may have no sum
         known = _ids(each)

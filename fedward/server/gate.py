@@ -65,7 +65,7 @@ def judge(
         return f"the mean's norm is {norm:.4g}, above {gate.norm:g}", {"norm": norm}
     lowest, then = min(lowest, loss(before)), loss(after)
     figures: dict[str, Json] = {"norm": norm, "lowest": _finite(lowest), "after": _finite(then)}
-    if then <= lowest + gate.worse_by:
+    if math.isfinite(then) and then <= lowest + gate.worse_by:
         return "", figures
     return f"held-out loss {then:.4f}, above {lowest:.4f} + {gate.worse_by:g}", figures
 

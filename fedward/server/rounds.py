@@ -23,7 +23,7 @@ from fedward.aggregation.published import SumResult
 from fedward.aggregation.rules import Rule
 from fedward.aggregation.transcript import second_task_hash, task_hash
 from fedward.attempt import Attempt
-from fedward.canonical import Json
+from fedward.canonical import Json, canonical_json
 from fedward.errors import CohortTooSmall, IdentityError, ProtocolError, RoundError, SiteCode
 from fedward.identity import Identity, Roster
 from fedward.plan import Plan
@@ -227,6 +227,7 @@ class RoundEngine:
     def _sums(self, grid: Grid, attempt: Attempt, state: State) -> Summed:
         """The round's sessions, from the task to the sums."""
         settings, rule = self._plan.aggregation, self._rule(attempt)
+        todo, away = self._todo(attempt, state)
         sessions = [  # refuses a plan that does not fit before anybody trains
             planned_session(
                 self._plan,
@@ -236,39 +237,47 @@ class RoundEngine:
                 dimension=rule.words,
                 group=group,
             )
-            for group in groups_of(self._plan.cohort, self._roster, attempt)
+            for group in groups_of(self._plan.cohort, self._roster, attempt, todo)
         ]
-        ready = self._invite(grid, attempt, state)
-        if len(sessions) > 1:
+        if self._plan.cohort.groups > 1:
+            ready = self._invite(grid, attempt, state, todo, frozenset())
             return self._groups(grid, sessions, ready)
+        ready = self._invite(grid, attempt, state, todo, away)
         first = self._sessions.run(grid, sessions[0], ready)
         return self._second(grid, first) if rule.passes == 2 else Summed(results=(first,))
 
     def _groups(
         self, grid: Grid, sessions: Sequence[SessionParameters], ready: Sequence[int]
     ) -> Summed:
-        """A session of each group, one after the other; what is lost in one is lost there alone."""
+        """A session of each group, one after the other; what is lost in one is lost there alone.
+
+        Sites for want of which an attempt is lost stay away from the next, whose groups are others.
+        """
         results, lost = list[SumResult](), list[str]()
-        for parameters in sessions:
-            inside = [site for site in ready if site in parameters.group]
+        inside = [[site for site in ready if site in each.group] for each in sessions]
+        short = [len(sites) < each.minimum for sites, each in zip(inside, sessions, strict=True)]
+        for parameters, sites, small in zip(sessions, inside, short, strict=True):
             try:
-                if len(inside) < parameters.minimum:
-                    raise CohortTooSmall(f"{len(inside)} sites of a group are ready")
-                result = self._sessions.run(grid, parameters, inside)
+                if small:
+                    raise CohortTooSmall(f"{len(sites)} sites of a group are ready")
+                if len(sessions) - sum(short) < FEWEST:
+                    continue  # nothing leaves a site in vain
+                result = self._sessions.run(grid, parameters, sites)
                 checked_mean(result, self._plan.aggregation.update_clip)
             except (ProtocolError, CohortTooSmall) as error:
                 lost.append(str(error))
-                self._sessions.end(error)
+                self._sessions.end(error, set(parameters.group) - set(sites))
             else:
                 results.append(result)
                 self._sessions.end()
         if len(results) < FEWEST:
             reasons = "; ".join(lost)
             raise CohortTooSmall(
-                f"{len(results)} of {len(sessions)} groups have a sum, {FEWEST} are needed "
-                f"({reasons})"
+                f"{len(sessions) - len(lost)} of {len(sessions)} groups are left, {FEWEST} are "
+                f"needed ({reasons})"
             )
-        return Summed(results=tuple(results))
+        dealt = tuple(sorted(site for each in sessions for site in each.group))
+        return Summed(results=tuple(results), dealt=dealt)
 
     def _second(self, grid: Grid, first: SumResult) -> Summed:
         """The second pass: the survivors of the first once more, and none of them may be missing.
@@ -298,20 +307,10 @@ class RoundEngine:
         second = self._sessions.run(grid, parameters, first.cohort)
         return Summed(results=(first, second), basis=basis)
 
-    def _invite(self, grid: Grid, attempt: Attempt, state: State) -> list[int]:
-        """Send the task to every site and return those that trained in time."""
-        short = {
-            "plan": self._plan.to_json(),
-            "layout": layout_to_bytes(self._layout),
-            **state.previous,
-        }
-        # Who took part in the round before has its adapter, and makes this one from the sum. If it
-        # has not, it says so, and the next attempt sends everybody everything.
-        whole = {**short, "adapter": state.adapter}
-        enough = state.holders if self._rule(attempt).recomputes else frozenset[int]()
-        parts = {site: short if site in enough else whole for site in self._nodes}
-        cohort, colluders = self._plan.cohort, self._plan.cohort.colluders
-        minimum = cohort.minimum * min(cohort.groups, FEWEST)
+    def _todo(self, attempt: Attempt, state: State) -> tuple[list[int], frozenset[int]]:
+        """Whom an attempt asks at first, and who stays away unless so few are left."""
+        cohort = self._plan.cohort
+        colluders = max(1, cohort.colluders) * cohort.groups  # of each group
         out = proven(state.record.groups, colluders)
         away = state.record.away(
             self._nodes,
@@ -319,11 +318,33 @@ class RoundEngine:
             colluders=colluders,
             number=attempt.round,
         )
-        todo = [site for site in self._nodes if site not in out | away]
+        return sorted(site for site in self._nodes if site not in out | away), away
+
+    def _invite(
+        self,
+        grid: Grid,
+        attempt: Attempt,
+        state: State,
+        todo: list[int],
+        away: frozenset[int],
+    ) -> list[int]:
+        """Send the task to these sites and return those that trained in time."""
+        short = {
+            "plan": self._plan.to_json(),
+            "layout": layout_to_bytes(self._layout),
+            **state.previous,
+            **({"dealt": canonical_json(todo)} if self._plan.cohort.groups > 1 else {}),
+        }
+        # Who took part in the round before has its adapter, and makes this one from the sum. If it
+        # has not, it says so, and the next attempt sends everybody everything.
+        whole = {**short, "adapter": state.adapter}
+        enough = state.holders if self._rule(attempt).recomputes else frozenset[int]()
+        parts = {site: short if site in enough else whole for site in self._nodes}
+        minimum = self._plan.cohort.minimum * min(self._plan.cohort.groups, FEWEST)
         self._sessions.record(attempt, Phase.INVITED, {"sites": todo})
         ready, refused = self._sessions.ask(grid, attempt, "task", {s: parts[s] for s in todo})
         if len(ready) < minimum and away:  # so few are left that these are needed
-            todo += away
+            todo = [*todo, *away]
             late = self._sessions.ask(grid, attempt, "task", {s: parts[s] for s in away})
             ready, refused = ready | late[0], refused | late[1]
         self._sessions.ready(attempt, ready)

@@ -124,10 +124,9 @@ class Fold:
         elif event.phase is Phase.COMMITTED:
             sums = {name: facts[name] for name in ("sum", "first", "basis") if name in facts}
             self._end_round(event, facts["adapter"], sums, frozenset(self._ready))
-            gate = facts.get("gate", {})
-            self._lowest = min(
-                self._lowest, gate.get("lowest", math.inf), gate.get("after", math.inf)
-            )
+            gate = facts.get("gate", {})  # null: not finite
+            found = [gate[key] for key in ("lowest", "after") if gate.get(key) is not None]
+            self._lowest = min([self._lowest, *found])
             _, session, number = event.attempt.order
             self._previous = {
                 "cohort": canonical_json(facts.get("groups", facts["cohort"])),

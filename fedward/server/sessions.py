@@ -4,7 +4,7 @@ What a round asks for and what becomes of the sums is the engine's (:mod:`fedwar
 site that is late, silent or wrong is left out and recorded; too few sites end a session.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -154,9 +154,15 @@ class Sessions:
         self._store.record(attempt, phase, facts, site=site)
         self._observer(attempt, phase, site, facts)
 
-    def end(self, error: Exception | None = None) -> None:
-        """Keep what a session showed of its sites, where the attempt goes on with another one."""
-        self._before.append(blame(self._suspects().values(), self._silent, error))
+    def end(self, error: Exception | None = None, missing: Iterable[int] = ()) -> None:
+        """Keep what a session showed of its sites, where the attempt goes on with another one.
+
+        Args:
+            error: Why it came to no sum; None if it did.
+            missing: Sites that never came to it.
+        """
+        silent = self._silent.union(missing)
+        self._before.append(blame(self._suspects().values(), silent, error))
         self._tally, self._silent = None, frozenset()
 
     def blame(self, error: Exception | None = None) -> dict[str, Json]:

@@ -24,10 +24,12 @@ class Summed:
     Args:
         results: At least one; of two passes the first one's before the second's.
         basis: What the second pass was asked for; None where there was none.
+        dealt: Sites that were dealt to groups; empty where there were none.
     """
 
     results: tuple[SumResult, ...]
     basis: Vector | None = None
+    dealt: tuple[int, ...] = ()
 
     @property
     def first(self) -> SumResult:
@@ -48,7 +50,8 @@ class Summed:
     def facts(self, put_blob: Callable[[bytes], str]) -> Mapping[str, Json]:
         """What an event says of the sums; the words themselves lie in blobs.
 
-        ``groups`` are the cohorts, in the order in which ``sum`` has the words of each.
+        ``groups`` are who was dealt, and then the cohorts, in the order in which ``sum`` has the
+        words of each.
         """
         last, cohorts = self.results[-1], [list(result.cohort) for result in self.results]
         if self.basis is not None:
@@ -64,8 +67,8 @@ class Summed:
             "cohort": sorted(site for cohort in cohorts for site in cohort),
             "transcript": last.transcript.hex(),
         }
-        if self.first.parameters.group:
-            facts["groups"] = cohorts
+        if self.dealt:
+            facts["groups"] = [list(self.dealt), *cohorts]
             facts["transcript"] = [result.transcript.hex() for result in self.results]
         return facts
 

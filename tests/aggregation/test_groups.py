@@ -10,6 +10,7 @@ from fedward.aggregation.groups import check_groups, group_of, groups_of, middle
 from fedward.aggregation.parameters import SessionParameters
 from fedward.aggregation.planned import planned_session
 from fedward.attempt import Attempt
+from fedward.canonical import canonical_json
 from fedward.errors import InvalidValue, ProtocolError
 from fedward.identity import Identity, Member, Roster
 from fedward.plan_aggregation import Aggregation, Cohort
@@ -25,6 +26,8 @@ NINE = Roster(
     ),
 )
 THREE = Cohort(minimum=3, colluders=1, groups=3)
+ALL = range(11)
+SAID = canonical_json(list(ALL))
 
 
 def at(number: int, attempt: int = 1) -> Attempt:
@@ -33,24 +36,42 @@ def at(number: int, attempt: int = 1) -> Attempt:
 
 def test_every_site_is_in_one_group_and_sizes_differ_by_one():
     for number in range(1, 30):
-        groups = groups_of(THREE, NINE, at(number))
+        groups = groups_of(THREE, NINE, at(number), ALL)
         assert sorted(site for group in groups for site in group) == list(range(11))
         assert sorted(map(len, groups)) == [3, 4, 4]
-        assert all(group_of(THREE, NINE, at(number), site) in groups for site in range(11))
+        assert all(group_of(THREE, NINE, at(number), SAID, site) in groups for site in range(11))
 
 
 def test_rounds_are_dealt_anew_and_attempts_are_not():
-    seen = {groups_of(THREE, NINE, at(number)) for number in range(1, 30)}
+    seen = {groups_of(THREE, NINE, at(number), ALL) for number in range(1, 30)}
     assert len(seen) == 29
-    assert groups_of(THREE, NINE, at(1)) == groups_of(THREE, NINE, at(1, 5))
+    assert groups_of(THREE, NINE, at(1), ALL) == groups_of(THREE, NINE, at(1, 5), ALL)
     other = dataclasses.replace(NINE, epoch=2)
-    assert groups_of(THREE, NINE, at(1)) != groups_of(THREE, other, at(1))
+    assert groups_of(THREE, NINE, at(1), ALL) != groups_of(THREE, other, at(1), ALL)
+
+
+def test_who_stays_away_is_in_no_group():
+    some = [site for site in ALL if site not in {3, 7}]
+    groups = groups_of(THREE, NINE, at(1), some)
+    assert sorted(site for group in groups for site in group) == some
+    assert group_of(THREE, NINE, at(1), canonical_json(some), 4) in groups
+    with pytest.raises(ProtocolError, match="in none of the groups"):
+        group_of(THREE, NINE, at(1), canonical_json(some), 3)
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"x", b"{}", b"1", b"[1,0]", b"[0,0,1]", b"[0,1,99]", b'["a"]', b"[true]"]
+)
+def test_who_is_dealt_is_read_strictly(said):
+    with pytest.raises(ProtocolError):
+        group_of(THREE, NINE, at(1), said, 0)
 
 
 def test_two_sites_meet_as_often_as_chance_says():
     """Three groups of 4, 4 and 3 of 11 sites: a pair meets with probability 15/55."""
     met = sum(
-        group_of(THREE, NINE, at(n), 0) == group_of(THREE, NINE, at(n), 1) for n in range(1, 601)
+        group_of(THREE, NINE, at(n), SAID, 0) == group_of(THREE, NINE, at(n), SAID, 1)
+        for n in range(1, 601)
     )
     expected, deviation = 600 * 15 / 55, (600 * 15 / 55 * 40 / 55) ** 0.5
     assert abs(met - expected) < 4 * deviation
@@ -58,13 +79,13 @@ def test_two_sites_meet_as_often_as_chance_says():
 
 
 def test_without_groups_everybody_is_one():
-    assert groups_of(Cohort(), NINE, at(1)) == ((),)
-    assert group_of(Cohort(), NINE, at(1), 4) == ()
+    assert groups_of(Cohort(), NINE, at(1), ALL) == ((),)
+    assert group_of(Cohort(), NINE, at(1), b"", 4) == ()
 
 
 def test_a_roster_that_is_too_small_is_refused_with_what_would_do():
     with pytest.raises(InvalidValue, match="3 to 3 with 11 sites and minimum = 3 in each"):
-        groups_of(dataclasses.replace(THREE, groups=4), NINE, at(1))
+        groups_of(dataclasses.replace(THREE, groups=4), NINE, at(1), ALL)
     with pytest.raises(InvalidValue, match="expected 1 with 8 sites"):
         check_groups(THREE, 8)
     check_groups(THREE, 9)
@@ -113,12 +134,12 @@ def test_the_median_is_numpys_and_follows_no_minority():
 
 def test_a_group_is_in_the_parameters_and_nobody_else_is_allowed():
     plan = dataclasses.replace(PLAN, cohort=THREE)
-    group = groups_of(THREE, NINE, at(1))[0]
+    group = groups_of(THREE, NINE, at(1), ALL)[0]
     made = planned_session(plan, NINE, at(1), task_hash=bytes(32), dimension=10, group=group)
     assert made.allowed == group
     assert (made.grid.sites, made.minimum) == (len(group), 3)
     assert SessionParameters.from_bytes(made.to_bytes()) == made
-    other = dataclasses.replace(made, group=groups_of(THREE, NINE, at(1))[1])
+    other = dataclasses.replace(made, group=groups_of(THREE, NINE, at(1), ALL)[1])
     assert "group = " in made.difference(other.to_bytes())
     with pytest.raises(InvalidValue, match="group"):
         dataclasses.replace(made, group=group[::-1])

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedward.aggregation.groups import group_of, groups_of
+from fedward.aggregation.groups import groups_of
 from fedward.attempt import Attempt
 from fedward.canonical import canonical_json
 from fedward.client.last_round import read_cohorts, split_sum
 from fedward.client.training import TrainRequest, TrainResult
-from fedward.errors import CohortTooSmall, InvalidValue, ProtocolError, RoundError
+from fedward.errors import InvalidValue, ProtocolError, RoundError
 from fedward.plan import Plan
 from fedward.plan_aggregation import Cohort
 from fedward.plan_gate import Gate
@@ -41,7 +41,7 @@ def make_rig(tmp_path):
 
 
 def groups(rig: Rig, number: int, plan: Plan = GROUPED) -> list[list[int]]:
-    found = groups_of(plan.cohort, rig.desk.roster, Attempt(run=RUN, round=number))
+    found = groups_of(plan.cohort, rig.desk.roster, Attempt(run=RUN, round=number), rig.nodes)
     return [list(group) for group in found]
 
 
@@ -56,11 +56,11 @@ def test_the_adapter_moves_by_the_median_of_the_groups_means(make_rig):
     adapter = rig.run()
     vector = vector_of(START, LAYOUT).astype(np.float64)
     for number, (_, facts) in enumerate(rig.facts(Phase.COMMITTED), start=1):
-        assert facts["groups"] == groups(rig, number)
+        assert facts["groups"] == [list(range(9)), *groups(rig, number)]
         assert facts["cohort"] == list(range(9))
         assert len(set(facts["transcript"])) == 3
         sent = updates(rig, number)
-        vector += np.median([sent[group].mean(axis=0) for group in facts["groups"]], axis=0)
+        vector += np.median([sent[group].mean(axis=0) for group in facts["groups"][1:]], axis=0)
         now = vector_of(rig.store.blob(facts["adapter"]), LAYOUT)
         assert np.abs(now - vector).max() < 1e-5
         assert np.abs(now - START_VECTOR - sent.mean(axis=0)).max() > 1e-3, "negative control"
@@ -76,7 +76,7 @@ def test_sites_make_the_adapter_from_all_groups_sums_and_have_signed_their_own(m
     rig.run()
     assert all("adapter" not in parts for (n, _, _), parts in tasks(rig).items() if n > 1)
     for site in range(9):
-        group = group_of(THREE, rig.desk.roster, Attempt(run=RUN, round=3), site)
+        (group,) = (tuple(group) for group in groups(rig, 3) if site in group)
         assert rig.desk.files[site][1].cohort(Attempt(run=RUN, round=3)) == group
         kept = rig.desk.files[site][1].last_task(RUN)
         assert kept is not None
@@ -118,22 +118,37 @@ def test_a_group_that_is_lost_is_lost_alone(make_rig):
     )
     facts = [found for _, found in rig.facts(Phase.COMMITTED)]
     one = groups(rig, 1, four)
-    assert facts[0]["groups"] == [group for group in one if gone not in group]
+    assert facts[0]["groups"][1:] == [group for group in one if gone not in group]
     assert [len(found["cohort"]) for found in facts] == [9, 12, 12]
     lost = [site for site in one[2] if site != gone]
     for site in lost:  # their session never began, so that nothing has left
         assert rig.desk.files[site][0].spent_in(Attempt(run=RUN, round=1)) == 0
 
 
-def test_with_fewer_than_three_groups_an_attempt_is_lost(make_rig):
+def test_who_does_not_come_is_not_dealt_again_and_costs_nobody_an_update(make_rig):
+    """Ten sites in groups of four, three and three, of which one is dead for the whole run."""
     rig = make_rig(plan=HASTY, sites=10)
     small = next(group for group in groups(rig, 1) if len(group) == 3)
-    rig.grid.kill(rig.nodes[small[0]])
-    with pytest.raises(
-        (RoundError, CohortTooSmall), match="2 of 3 groups have a sum, 3 are needed"
-    ):
+    gone = small[0]
+    rig.grid.kill(rig.nodes[gone])
+    rig.run()
+    facts = [found for _, found in rig.facts(Phase.COMMITTED)]
+    rest = [site for site in range(10) if site != gone]
+    assert [found["cohort"] for found in facts] == [rest] * 3
+    assert facts[0]["groups"][0] == rest
+    ((_, lost), *_) = rig.facts(Phase.ABORTED)
+    assert lost["reason"].startswith("2 of 3 groups are left, 3 are needed (2 sites of a group")
+    assert lost["silent"] == [gone]
+    for site in rest:
+        assert rig.desk.files[site][0].spent_in(Attempt(run=RUN, round=1)) == 1
+
+
+def test_with_fewer_than_three_groups_an_attempt_is_lost(make_rig):
+    rig = make_rig(plan=HASTY)
+    rig.grid.kill(rig.nodes[2])
+    with pytest.raises(RoundError, match="8 of 9 sites are ready, 9 are needed"):
         rig.run()
-    assert rig.facts(Phase.COMMITTED) == []
+    assert rig.facts(Phase.COMMITTED) == rig.facts(Phase.MASKED) == []
 
 
 def test_a_federation_that_is_too_small_is_refused_before_anybody_trains(make_rig):
@@ -167,17 +182,21 @@ def test_published_cohorts_are_read_strictly(make_rig):
     one = groups(rig, 1)
 
     def read(found: Any, plan: Plan = GROUPED) -> list[Any]:
+        if plan is GROUPED and isinstance(found, list):
+            found = [list(range(9)), *found]
         return read_cohorts(canonical_json(found), roster, plan, at)
 
     assert read(one) == [(tuple(group), tuple(group)) for group in one]
-    four = dataclasses.replace(GROUPED, cohort=Cohort(minimum=3, colluders=1, groups=3))
     mixed = [sorted([*one[0][:2], one[1][0]]), *one[1:]]
     wrong: list[Any] = [one[::-1], one[:2], [*one, one[0]], [one[0], one[0], one[2]], mixed]
     wrong += [[one[0][:2], *one[1:]], [one[0][::-1], *one[1:]], one[0], [[[0]], *one], "x", None]
     wrong += [[[], *one[1:]], [[True, *one[0]], *one[1:]]]
     for found in wrong:
         with pytest.raises(ProtocolError):
-            read(found, four)
+            read(found)
+    for dealt in ([0], None, [*range(8), 99], list(range(9))[::-1]):
+        with pytest.raises((ProtocolError, InvalidValue)):
+            read_cohorts(canonical_json([dealt, *one]), roster, GROUPED, at)
     with pytest.raises(ProtocolError, match="not JSON"):
         read_cohorts(b"x", roster, GROUPED, at)
     assert read(list(range(9)), PLAN) == [((), tuple(range(9)))]

@@ -411,5 +411,5 @@ def test_groups_and_a_gate_from_files_to_a_report(fedward, tmp_path, base):
     code, out, err = fedward("simulate", *files)
     assert (code, "refused" in out) == (0, False), err
     events = tiny.facts_of(tmp_path / "again" / "out" / "run", Phase.COMMITTED)
-    assert [len(facts["groups"]) for _, facts in events] == [3, 3]
+    assert [len(facts["groups"]) for _, facts in events] == [1 + 3, 1 + 3]
     assert all(facts["gate"]["norm"] > 1e-6 for _, facts in events)
