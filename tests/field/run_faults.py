@@ -5,13 +5,14 @@ goes through from end to end. Every run must end by itself, every adapter must b
 arithmetic makes of the round's cohort with the sites' fixed keys, and every ledger must have what
 left its site, once. At last one hospital counts its update twice: the check has to name the round.
 
-``--page FILE`` writes the table into a page, ``--only WORD`` takes the cases with a word in
+``--page FILE`` writes the table into a page, ``--only PATTERN`` takes the cases with it in
 ``RUN: FAULT, STAGE``. The last line printed is a summary in JSON.
 """
 
 import argparse
 import json
 import logging
+import re
 import sys
 import tempfile
 import time
@@ -240,11 +241,11 @@ def main() -> int:
     return 0
 
 
-def chosen(word: str, *, clocks: bool) -> list[Run]:
-    """The runs, with the cases that have a word in their name."""
+def chosen(only: str, *, clocks: bool) -> list[Run]:
+    """The runs, with the cases that a pattern is found in."""
     found = []
     for run in cases.RUNS:
-        kept = [c for c in run.cases[1:] if word in f"{run.name}: {c.fault}, {c.stage}"]
+        kept = [c for c in run.cases[1:] if re.search(only, f"{run.name}: {c.fault}, {c.stage}")]
         if kept and (clocks or run.name != "clocks"):
             found.append(Run(name=run.name, deadline=run.deadline, cases=[run.cases[0], *kept]))
     return found
