@@ -10,6 +10,7 @@ from fedward.aggregation.fixed_point import Grid, decode, encode
 from fedward.aggregation.masks import Words
 from fedward.aggregation.parameters import SessionParameters
 from fedward.aggregation.rotation import rotate, rotate_back
+from fedward.aggregation.two_pass import clip_of_second
 from fedward.attempt import Attempt
 from fedward.canonical import digest
 from fedward.errors import ProtocolError
@@ -130,6 +131,8 @@ def check_mean(
     Raises:
         SumTooLong: It is longer.
     """
+    if parameters.cohort:
+        update_clip = clip_of_second(update_clip)
     rounding = len(cohort) * parameters.grid.gamma * math.sqrt(len(mean))
     # A Gaussian vector is longer than deviation * (sqrt(d) + 12) with a probability below 1e-31.
     noise = parameters.noise * math.sqrt(len(cohort)) * (math.sqrt(len(mean)) + 12)

@@ -4,6 +4,7 @@ from fedward.aggregation.fixed_point import Grid
 from fedward.aggregation.parameters import SessionParameters, Slot
 from fedward.aggregation.rotation import rotated_grid
 from fedward.aggregation.shared_noise import noisy_grid
+from fedward.aggregation.two_pass import clip_of_second
 from fedward.attempt import Attempt
 from fedward.errors import InvalidValue
 from fedward.identity import Roster
@@ -57,7 +58,7 @@ def planned_session(
         roster_hash=roster.hash(),
         task_hash=task_hash,
         dimension=dimension,
-        grid=_grid(plan, dimension, sites, noise),
+        grid=_grid(plan, dimension, sites, noise, again=bool(cohort)),
         slots=tuple(Slot(name=n, clip=_METRIC_CLIP) for n in names),
         colluders=plan.cohort.colluders,
         dropouts=sites // 10,
@@ -78,9 +79,10 @@ def update_event(plan: Plan, parameters: SessionParameters) -> Event:
     return pooled_event(plan, parameters.dimension)
 
 
-def _grid(plan: Plan, dimension: int, sites: int, noise: float) -> Grid:
+def _grid(plan: Plan, dimension: int, sites: int, noise: float, *, again: bool) -> Grid:
     """16-bit words are fine enough only for updates that a rotation has spread."""
     aggregation = plan.aggregation
+    clip = clip_of_second(aggregation.update_clip) if again else aggregation.update_clip
     if noise > 0:
         grid = noisy_grid(aggregation.update_clip, share=noise, sites=sites)
         finest = coarsest_step(plan, dimension)
@@ -89,8 +91,8 @@ def _grid(plan: Plan, dimension: int, sites: int, noise: float) -> Grid:
             raise InvalidValue("update_clip", aggregation.update_clip, f"at most {most:.3g}")
         return grid
     if aggregation.word_bits == 16:
-        return rotated_grid(aggregation.update_clip, dimension, sites=sites)
-    return Grid(clip=aggregation.update_clip, sites=sites, word_bits=32)
+        return rotated_grid(clip, dimension, sites=sites)
+    return Grid(clip=clip, sites=sites, word_bits=32)
 
 
 def _weights(aggregation: Aggregation, roster: Roster) -> tuple[tuple[int, float], ...]:

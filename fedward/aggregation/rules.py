@@ -11,7 +11,7 @@ from fedward.aggregation.planned import METRIC_SLOTS
 from fedward.aggregation.schemes import Layout, Vector, round_layout
 from fedward.aggregation.server_optimizer import Moments, next_state
 from fedward.aggregation.sketch import check_rebuilt, rebuild, sketch, sketched_words
-from fedward.aggregation.two_pass import Second
+from fedward.aggregation.two_pass import Second, clip_of_second
 from fedward.attempt import Attempt
 from fedward.canonical import digest
 from fedward.errors import ProtocolError
@@ -64,7 +64,7 @@ class Rule:
         return sum(int(np.prod(shape, dtype=np.int64)) for _, shape in self.trained)
 
     def to_send(self, update: Vector, basis: Vector | None = None) -> Vector:
-        """What a site puts into the sum: L2 norm at most ``update_clip``.
+        """What a site puts into the sum: L2 norm at most ``update_clip``, or its second pass's.
 
         Args:
             update: ``(d,)`` float32.
@@ -77,7 +77,8 @@ class Rule:
         if self.settings.scheme == "sketch-once":
             update = sketch(update, self.trained, self._key, clip)
         elif basis is not None:
-            update = two_pass.second_pass(update, self.trained, basis, clip)
+            update = two_pass.second_pass(update, self.trained, basis, self._key, clip)
+            clip = clip_of_second(clip)
         elif self.passes == 2:
             update = two_pass.first_pass(update, self.trained, self._key, clip)
         return clip_update(update, clip)

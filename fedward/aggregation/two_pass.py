@@ -63,6 +63,14 @@ def words_of_second(layout: Layout) -> int:
     return sum(pair.n * pair.width for pair in split(layout)[0])
 
 
+def clip_of_second(clip: float) -> float:
+    """L2 bound of pass 2, whatever Q is, where the update of pass 1 is no longer than ``clip``.
+
+    Over all layers ||b·a|| <= Σ ||b||·||a|| <= Σ (||b||^2 + ||a||^2) / 2 <= clip^2 / 2.
+    """
+    return clip**2 / 2
+
+
 def first_pass(update: Vector, layout: Layout, key: bytes, clip: float) -> Vector:
     """A site's update, and behind it Y of each layer.
 
@@ -70,31 +78,30 @@ def first_pass(update: Vector, layout: Layout, key: bytes, clip: float) -> Vecto
         update: ``(d,)`` float32: the trained parameters less the start.
         layout: Of the update.
         key: Public, another one for each round; fixes Ω.
-        clip: L2 bound of what either pass sends, > 0. A longer update is scaled down before it is
-            sketched, by a factor that both passes share.
+        clip: L2 bound of the result, > 0. A longer update is scaled down before it is sketched, by
+            a factor that both passes share.
 
     Returns:
         ``(words_of_first(layout),)`` float32.
     """
-    pairs, f = split(layout)[0], _scale(update, layout, clip)
-    moves = ((pair, *pair.factors(update)) for pair in pairs)
-    sketches = [f * f * (b @ (a @ pair.omega(key))).ravel() for pair, b, a in moves]
-    return np.concatenate([f * update.astype(np.float64), *sketches]).astype(np.float32)
+    sketches, f = _sketches(update, layout, key, clip)
+    return np.concatenate([f * update, f * f * sketches]).astype(np.float32)
 
 
-def second_pass(update: Vector, layout: Layout, basis: Vector, clip: float) -> Vector:
-    """A site's P of each layer.
+def second_pass(update: Vector, layout: Layout, basis: Vector, key: bytes, clip: float) -> Vector:
+    """A site's P of each layer, L2 norm at most :func:`clip_of_second`.
 
     Args:
         update: The same as in pass 1.
         layout: Of the update.
         basis: As published, and checked: orthonormal columns make no P longer than b·a.
+        key: As in pass 1.
         clip: As in pass 1.
 
     Returns:
         ``(words_of_second(layout),)`` float32.
     """
-    f = _scale(update, layout, clip)
+    _, f = _sketches(update, layout, key, clip)
     moves = ((q, *pair.factors(update)) for pair, q in _bases(basis, layout))
     parts = [f * f * (a.T @ (b.T @ q)).ravel() for q, b, a in moves]
     return np.concatenate([np.zeros(0), *parts]).astype(np.float32)
@@ -180,14 +187,13 @@ def _bases(basis: Vector, layout: Layout) -> Iterator[tuple[Pair, Numbers]]:
         place = end
 
 
-def _scale(update: Vector, layout: Layout, clip: float) -> float:
-    """The factor of an update that leaves neither pass longer than the clip, whatever Ω and Q."""
-    products = 0.0  # ||b·a||^2 over all layers, from matrices of r x r
-    for pair in split(layout)[0]:
-        b, a = pair.factors(update)
-        products += float(np.sum((b.T @ b) * (a @ a.T)))
-    whole = update.astype(np.float64)
-    return shrunk(float(whole @ whole), products, clip)
+def _sketches(update: Vector, layout: Layout, key: bytes, clip: float) -> tuple[Numbers, float]:
+    """Y of each layer of an update, one after the other, and the factor of what is too long."""
+    moves = ((pair, *pair.factors(update)) for pair in split(layout)[0])
+    parts = [(b @ (a @ pair.omega(key))).ravel() for pair, b, a in moves]
+    sketches = np.concatenate([np.zeros(0), *parts])
+    first, second = (float(v @ v) for v in (update.astype(np.float64), sketches))
+    return sketches, shrunk(first, second, clip)
 
 
 def _check_length(vector: Vector | Numbers, words: int) -> None:

@@ -27,7 +27,7 @@ def means(updates: list[Vector], layout: Layout = LAYOUT) -> tuple[Numbers, Seco
     sent = [two_pass.first_pass(update, layout, KEY, CLIP) for update in updates]
     first: Numbers = np.mean(sent, axis=0, dtype=np.float64)
     basis = two_pass.basis_of(first, layout, KEY)
-    sent = [two_pass.second_pass(update, layout, basis, CLIP) for update in updates]
+    sent = [two_pass.second_pass(update, layout, basis, KEY, CLIP) for update in updates]
     return first, Second(basis=basis, mean=np.mean(sent, axis=0, dtype=np.float64))
 
 
@@ -90,22 +90,32 @@ def test_the_words_are_those_announced():
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
-def test_neither_pass_is_longer_than_the_clip_whatever_the_basis(scale):
+def test_no_pass_is_longer_than_its_clip_whatever_the_basis(scale):
     """The worst basis has all of b·a in its span; a long update is scaled alike in both passes."""
     update, clip = draw(1, scale), 3.0
     b, a = PAIR.factors(update)
     left = np.linalg.svd(b @ a)[0][:, : PAIR.width].astype(np.float32)
     first = two_pass.first_pass(update, LAYOUT, KEY, clip).astype(np.float64)
-    second = two_pass.second_pass(update, LAYOUT, left.ravel(), clip).astype(np.float64)
-    lengths = [np.linalg.norm(first), np.linalg.norm(second)]
-    assert max(lengths) <= clip * (1 + 1e-6)
+    second = two_pass.second_pass(update, LAYOUT, left.ravel(), KEY, clip).astype(np.float64)
+    most = two_pass.clip_of_second(clip)
+    assert np.linalg.norm(first) <= clip * (1 + 1e-6)
+    assert np.linalg.norm(second) <= most * (1 + 1e-6)
     f = first[0] / float(update[0])
     assert (f < 1) == (scale > 0.1)
     np.testing.assert_allclose(first[: len(update)], f * update, rtol=1e-5, atol=1e-9)
-    p = second.reshape(N, PAIR.width)
-    np.testing.assert_allclose(p, f * f * a.T @ (b.T @ left), rtol=1e-4, atol=1e-6)
-    longer = [np.linalg.norm(update), np.linalg.norm(a.T @ (b.T @ left))]
-    assert (max(longer) > clip) == (f < 1), "control: without the factor it is longer"
+    p = a.T @ (b.T @ left)
+    np.testing.assert_allclose(second.reshape(N, PAIR.width), f * f * p, rtol=1e-4, atol=1e-6)
+    longer = np.linalg.norm(update) > clip and np.linalg.norm(p) > most
+    assert longer == (f < 1), "control: without the factor both are longer"
+
+
+def test_the_clip_of_the_second_pass_is_reached_and_no_wider():
+    """B and A of one direction and of equal length, and nothing else."""
+    update, clip = np.zeros(6 + R * N + M * R, dtype=np.float32), 3.0
+    update[6], update[6 + R * N] = (clip / np.sqrt(2),) * 2
+    left = np.eye(M, PAIR.width, dtype=np.float32).ravel()
+    second = two_pass.second_pass(update, LAYOUT, left, bytes(32), 1e6)
+    assert np.linalg.norm(second) == pytest.approx(two_pass.clip_of_second(clip), rel=1e-6)
 
 
 def test_a_site_takes_a_basis_of_the_sum_and_no_other():

@@ -21,9 +21,10 @@ from fedward.canonical import Json, digest
 from fedward.client.narrow import widened
 from fedward.errors import CohortTooSmall, InvalidValue, ProtocolError, RoundError
 from fedward.messages import MESSAGE_TYPES
-from fedward.plan import Plan, Tuner
-from fedward.plan_aggregation import Aggregation
+from fedward.plan import Metrics, Plan, Tuner
+from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.server.rounds import RoundEngine
+from fedward.server.run_state import Fold, State
 from fedward.server.sessions import Observer
 from fedward.server.store import Phase
 from fedward.simulations.federation import RUN
@@ -31,7 +32,7 @@ from fedward.simulations.grid import FIRST_NODE
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import vector_of
 from tests.simulations import tiny
-from tests.simulations.test_federation import bytes_of_masked, reviving_at_once
+from tests.simulations.test_federation import Accident, bytes_of_masked, reviving_at_once
 from tests.simulations.test_kill import Killed
 
 SKETCH = Aggregation(scheme="sketch", update_clip=10.0)
@@ -45,7 +46,11 @@ def plan(base):
 
 
 def product_error(
-    plan: Plan, before: bytes, after: bytes, updates: Sequence[npt.NDArray[np.float32]]
+    plan: Plan,
+    before: bytes,
+    after: bytes,
+    updates: Sequence[npt.NDArray[np.float32]],
+    weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """Relative distance of each product from the best rank of the plain mean, new and apart."""
     layout = tuned_model(plan).layout
@@ -53,10 +58,12 @@ def product_error(
     new = apart = 0.0
     for pair in split(layout)[0]:
         products = [np.matmul(*pair.factors(start + update)) for update in updates]
-        u, sizes, v = np.linalg.svd(np.mean(products, axis=0), full_matrices=False)
+        u, sizes, v = np.linalg.svd(
+            np.average(products, axis=0, weights=weights), full_matrices=False
+        )
         best = (u[:, : pair.r] * sizes[: pair.r]) @ v[: pair.r]
         size = np.linalg.norm(best)
-        mean = start + np.mean(updates, axis=0)
+        mean = start + np.average(updates, axis=0, weights=weights)
         new = max(new, float(np.linalg.norm(np.matmul(*pair.factors(found)) - best) / size))
         apart = max(apart, float(np.linalg.norm(np.matmul(*pair.factors(mean)) - best) / size))
     return new, apart
@@ -263,6 +270,79 @@ def paid_before(parameters: SessionParameters) -> Attempt:
     """Of a second pass the first one's reservation, whatever its cohort."""
     attempt = parameters.attempt
     return dataclasses.replace(attempt, session=(attempt.session - 1) | 1)
+
+
+def test_a_site_lost_in_the_first_pass_costs_its_own_update_alone(tmp_path, plan):
+    """Four sites, three are enough: the second pass is over those three."""
+    trainers = tiny.recorders(tiny.make_sites(4))
+    federation = tiny.make_federation(tmp_path, plan, trainers, fault=Accident("masked"))
+    federation.run(tiny.reviving(federation))
+    assert tiny.cohorts(tmp_path) == [[0, 2, 3], [0, 1, 2, 3]]
+    committed = [attempt.order for attempt, _ in tiny.facts_of(tmp_path, Phase.COMMITTED)]
+    assert committed == [(1, 2, 1), (2, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "metrics"),
+    [
+        ({"word_bits": 16}, None),
+        ({"weights": {"a": 1.0, "b": 1.5, "c": 1.5, "d": 2.0}}, None),
+        ({}, Metrics(epsilon=1.0)),
+    ],
+)
+def test_with_what_other_schemes_have_too(tmp_path, base, aggregation, metrics):
+    plan = tiny.make_plan(
+        base,
+        aggregation=dataclasses.replace(SKETCH, **aggregation),
+        rounds=ROUNDS,
+        metrics=metrics,
+        cohort=Cohort(minimum=4, colluders=1),
+    )
+    trainers = tiny.recorders(tiny.make_sites(4))
+    federation = tiny.make_federation(tmp_path, plan, trainers)
+    federation.run()
+    weights = list((plan.aggregation.weights or dict.fromkeys("abcd", 1.0)).values())
+    before = tuned_model(plan).start
+    for number, (_, facts) in enumerate(tiny.facts_of(tmp_path, Phase.COMMITTED)):
+        updates = [trainer.results[number].update for trainer in trainers.values()]
+        after = tiny.blob(tmp_path, facts["adapter"])
+        new, apart = product_error(plan, before, after, updates, weights)
+        assert new < min(apart, 3e-2 if plan.aggregation.word_bits == 16 else 1e-4)
+        assert ("slots" in facts) == (metrics is not None)
+        before = after
+    for name in federation.names:
+        assert federation.epsilon_spent(name) <= 8.0 + (metrics.epsilon if metrics else 0.0)
+
+
+def forged(part: str, data: bytes) -> bytes:
+    """Another value of a part of the next task."""
+    if part == "attempt":
+        return b"[3,1]"  # a first pass
+    numbers = np.frombuffer(data, dtype=np.float32 if part == "basis" else np.uint32).copy()
+    numbers[:1] += 1 if part == "basis" else 1 << 24
+    return numbers.tobytes()
+
+
+@pytest.mark.parametrize("part", ["first", "basis", "sum", "attempt"])
+def test_a_site_refuses_published_sums_that_do_not_give_the_adapter(
+    tmp_path, plan, monkeypatch, part
+):
+    """In round 2; the first round and every other test here is the control."""
+    honest = Fold.state
+
+    def lying(self: Fold) -> State:
+        state = honest(self)
+        if part not in state.previous:
+            return state
+        told = {**state.previous, part: forged(part, state.previous[part])}
+        return dataclasses.replace(state, previous=told)
+
+    monkeypatch.setattr(Fold, "state", lying)
+    trainers = tiny.recorders(tiny.make_sites(3))
+    federation = tiny.make_federation(tmp_path, plan, trainers)
+    with pytest.raises((CohortTooSmall, RoundError), match="protocol-aborted"):
+        federation.run()
+    assert len(tiny.cohorts(tmp_path)) == 1
 
 
 MIXED = {"a": 1, "b": 2}  # of 3; the third site trains all
