@@ -51,8 +51,9 @@ def narrowed(request: TrainRequest, rank: int | None) -> TrainRequest:
     root = plan.tuner.method == "rslora" or given.get("use_rslora", False)
     alpha = given.get("lora_alpha", _DEFAULT) * (math.sqrt(share) if root else share)
     arguments = given | {"r": rank, "lora_alpha": alpha}
+    whole = vector_of(request.adapter, request.layout)  # first: no layout is larger than that
     layout, places = _kept(request.layout, rank)
-    vector = vector_of(request.adapter, request.layout)[places]
+    vector = whole[places]
     return dataclasses.replace(
         request,
         plan=dataclasses.replace(
