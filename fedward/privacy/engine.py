@@ -222,6 +222,7 @@ class UnitGradients(AbstractGradSampleModule):  # type: ignore[misc]  # opacus h
         self.coverage = covered
         self.single_pass = covered.single_pass
         self._rows = 0
+        self._versions = list[int]()
         self._patched: list[nn.Module] = []
         self._trainable = [
             (name, cast("UnitParameter", parameter))
@@ -257,7 +258,10 @@ class UnitGradients(AbstractGradSampleModule):  # type: ignore[misc]  # opacus h
                 raise UncoveredParameters(
                     f"{name} still holds gradients of an earlier pass; clip them, or zero_grad()"
                 )
-        self._rows = rows
+        self._rows, self._versions = rows, self._seen()
+
+    def _seen(self) -> list[int]:
+        return [parameter._version for _, parameter in self._trainable]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the wrapped model's
         """Announce the rows of the first tensor found in the arguments, and call the model."""
@@ -270,9 +274,14 @@ class UnitGradients(AbstractGradSampleModule):  # type: ignore[misc]  # opacus h
 
         Raises:
             UncoveredParameters: A gradient went past the covered layers (a fused kernel, a weight
-                used by itself), or rows are missing.
+                used by itself), rows are missing, or the pass itself moved a parameter.
             ModelError: The loss depends on no trainable parameter.
         """
+        if self._seen() != self._versions:
+            raise UncoveredParameters(
+                "a forward pass moves a trainable parameter: without noise, and only in a step "
+                "that has drawn somebody"
+            )
         for name, parameter in self._trainable:
             if parameter.grad is None:
                 continue

@@ -64,11 +64,11 @@ def _check_gradients(
 ) -> None:
     engine = UnitGradients(model)
     try:
-        if not engine.single_pass:
-            return  # then a backward pass holds one unit, and there is nobody to influence
         engine.begin(len(records))
         torch.autograd.backward(loss(model, records)[0])
         engine.collect()
+        if not engine.single_pass:
+            return  # then a backward pass holds one unit, and there is nobody to influence
         for name, rows in engine.rows():
             others = float(rows[1:].abs().max())
             if not others <= _LEAK_TOLERANCE * float(rows[0].abs().max()):

@@ -80,8 +80,6 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
         *_PLACES,
         "bias",
         "block_share",
-        "coft",
-        "eps",
         "fan_in_fan_out",
         "modules_to_save",
         "module_dropout",
@@ -95,7 +93,8 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "p-tuning": ("encoder_hidden_size", "num_virtual_tokens"),
 }
 """What a plan may say to PEFT. Closed lists: of other keys some read files or data, some draw from
-torch's generator, some copy layers without end, and one names a module to import."""
+torch's generator, some copy layers without end, one names a module to import, and ``coft`` lets a
+forward pass move the weights, which tells that a step has drawn somebody."""
 
 _DROPOUTS = ("lora_dropout", "module_dropout", "vera_dropout")
 _SIZES = (

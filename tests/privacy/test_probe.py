@@ -71,3 +71,28 @@ def test_time_before_batch_is_refused_even_where_the_lengths_agree():
 def test_one_record_shows_nothing():
     with pytest.raises(ValueError, match="at least two"):
         check_independence(tiny.causal("Llama"), tiny.losses(tiny.records(3)), [0])
+
+
+class Projecting(nn.Module):
+    """Its forward pass moves its own weight, as OFT's ``coft`` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shorten the weight, and scale by it."""
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return x * self.weight
+
+
+def test_a_forward_pass_that_moves_a_weight_is_refused():
+    data = torch.randn(3, 4)
+    with pytest.raises(UncoveredParameters, match="a forward pass moves"):
+        check_independence(
+            Projecting(),
+            # Its losses agree, so that only the weight tells.
+            lambda model, rows: model(data[list(rows)]).sum(1).tanh() * 0.0,
+            RECORDS,
+        )

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import OFTConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fedward.errors import ConfigurationError, InvalidValue
+from fedward.errors import ConfigurationError, InvalidValue, UncoveredParameters
 from fedward.plan import Plan, Rounds, Task, Tuner
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.plan_tuner import LORA, METHODS, REFUSED, UNMERGEABLE
 from fedward.privacy.coverage import coverage
+from fedward.privacy.noise import SecureStream
 from fedward.privacy.probe import check_independence
+from fedward.privacy.training import train_steps
 from fedward.tuning import methods
 from fedward.tuning.adapter import adapter_state, load_adapter
 from fedward.tuning.models import load_base
@@ -136,6 +138,50 @@ def test_a_step_is_exact_against_one_record_at_a_time(models, method):
         assert facts.clipped == 0.6
         assert distance(expected, found) < 2e-6
     assert distance(clipped_sum(gradients, 1.01 * clip), found) > 1e-4, "negative control"
+
+
+def between_worlds(model: nn.Module, plan: Plan) -> tuple[float, float]:
+    """How far one patient, in two steps, moves what comes of the very same noise; and the clip."""
+    base_tokens = load_base(plan.model, plan.task)[1]
+    encoded = encode(group(ROWS[:1], None), base_tokens, plan)
+    step, start = mechanism(clip=1e-3, noise_multiplier=50.0), adapter_state(model)
+    ends = []
+    for units in ([[]], [[0]]):  # nobody, and one patient who is drawn both times
+        load_adapter(model, start)
+        optimizer = torch.optim.SGD(list(trainable(model).values()), lr=1.0)
+        train_steps(
+            model,
+            units,
+            lambda wrapped, rows: loss_per_example(wrapped, collate(encoded, rows, "cpu")),
+            optimizer,
+            step,
+            steps=2,
+            stream=SecureStream(bytes(32)),
+        )
+        ends.append(torch.cat([p.detach().flatten() for p in trainable(model).values()]))
+    return float((ends[0] - ends[1]).norm()), step.clip
+
+
+@each
+def test_a_patient_moves_noise_by_no_more_than_the_clips(models, method):
+    """Whatever leaves the site: also what forward passes, buffers and the optimizer do to it."""
+    plan = plan_of(models["llama"], method)
+    model = tuned(plan)
+    shake(model)
+    moved, clip = between_worlds(model, plan)
+    assert 0.5 * clip < moved < 2.001 * clip
+
+
+def test_a_forward_pass_that_moves_weights_is_told(models):
+    """The control: OFT's ``coft`` projects them, wherever anybody was drawn. It is refused."""
+    plan = plan_of(models["llama"], "oft", tuner=tuner("oft", coft=True))
+    with pytest.raises(ConfigurationError, match="unknown key 'coft'"):
+        tuned(plan)
+    base, _ = load_base(plan.model, plan.task)
+    model: Any = get_peft_model(base, OFTConfig(**ARGUMENTS["oft"], coft=True, eps=1e-3))
+    shake(model)
+    with pytest.raises(UncoveredParameters, match="a forward pass moves"):
+        between_worlds(model, plan)
 
 
 @each
