@@ -60,7 +60,9 @@ class ClassifyTrainer(Trainer):
                 [_example(row, numbers, processing_class, most) for row in rows]
             )
 
-        others = {name: prepare(rows) for name, rows in (eval_dataset or {}).items()}
+        others: dict[str, Any] = {
+            str(name): prepare(rows) for name, rows in (eval_dataset or {}).items()
+        }
         super().__init__(
             model=model,
             args=args,
