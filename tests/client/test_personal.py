@@ -15,8 +15,8 @@ from fedward.client.personal import PersonalParts
 from fedward.client.remote_trainer import RemoteTrainer
 from fedward.client.trainer import LocalTrainer, mechanism
 from fedward.client.trainer_service import serve
-from fedward.client.training import TrainRequest
-from fedward.errors import ConfigurationError, InvalidValue
+from fedward.client.training import TrainRequest, TrainResult
+from fedward.errors import ConfigurationError, InvalidValue, ModelError, SiteCode
 from fedward.messages import parts_of
 from fedward.plan import Plan, Tuner
 from fedward.plan_aggregation import Aggregation
@@ -26,6 +26,7 @@ from fedward.tuning.records import Records
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.tuners import personal, trainable
 from fedward.tuning.vector import dimension
+from tests.client.desk import RUN, SITES, Desk, Scripted
 from tests.simulations import tiny
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
@@ -261,3 +262,60 @@ def test_masked_words_are_those_of_the_shared_parts(base, tmp_path):
         assert sum(len(part) == words for part in seen) >= 8, "two rounds of four sites"
         sizes.append(words)
     assert sizes[0] > sizes[1]
+
+
+class Keeping(Scripted):
+    """Keeps the number of each training where a real one keeps its parts, then perhaps fails."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.kept, self.trainings, self.fails = dict[int, int](), 0, False
+
+    def train(self, request: TrainRequest) -> TrainResult:
+        self.trainings += 1
+        self.kept[request.spent + 1] = self.trainings
+        if self.fails:
+            raise ModelError("lost after its parts were kept")
+        return super().train(request)
+
+
+@pytest.fixture
+def desk(tmp_path):
+    desk = Desk(tmp_path)
+    yield desk
+    desk.close()
+
+
+class TestAHostileCoordinator:
+    """Parts may only go on from the very training whose update the ledger has charged."""
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_cannot_send_one_update_and_keep_another_ones_parts(self, desk, late):
+        """A later training keeps its parts, and fails; then the first one's session goes on."""
+        first = Attempt(run=RUN, round=1)
+        trainer = Keeping()
+        desk.agents[0] = desk.agent(0, trainer)
+        for site in range(SITES):
+            assert desk.task(first, site) is SiteCode.READY
+        _, todo = desk.session(first, until="masked")
+        trainer.fails = late
+        if late:
+            assert desk.task(dataclasses.replace(first, session=2), 0) is not SiteCode.READY
+            assert trainer.kept == {1: 2}, "the first training's are gone"
+        code, _ = desk.ask("masked", first, 0, {"message": todo[0]})
+        assert (code is SiteCode.DONE) == (not late)
+        assert desk.ledger(0).spent(RUN) == (not late)
+
+    def test_cannot_make_one_noise_hide_two_trainings(self, desk):
+        """After one has left, and after a crash: another draw, or the very same training again."""
+        trainer = Keeping()
+        for number in (1, 2):
+            desk.agents[0] = desk.agent(0, trainer)  # it was killed
+            attempt = Attempt(run=RUN, round=1, attempt=number)
+            for site in range(SITES):
+                assert desk.task(attempt, site) is SiteCode.READY
+        tally, todo = desk.session(attempt, until="masked")
+        desk.exchange(tally, attempt, "masked", todo)
+        assert desk.task(dataclasses.replace(attempt, attempt=3), 0) is SiteCode.READY
+        asked = [(request.draw, request.spent) for request in trainer.requests]
+        assert asked == [(0, 0), (0, 0), (1, 1)]

@@ -15,6 +15,7 @@ from fedward.plan import Plan, Rounds, Task, Tuner
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.plan_tuner import LORA, METHODS, REFUSED, UNMERGEABLE
 from fedward.privacy.coverage import coverage
+from fedward.privacy.engine import UnitGradients
 from fedward.privacy.noise import SecureStream
 from fedward.privacy.probe import check_independence
 from fedward.privacy.training import train_steps
@@ -172,8 +173,8 @@ def test_a_patient_moves_noise_by_no_more_than_the_clips(models, method):
     assert 0.5 * clip < moved < 2.001 * clip
 
 
-def test_a_forward_pass_that_moves_weights_is_told(models):
-    """The control: OFT's ``coft`` projects them, wherever anybody was drawn. It is refused."""
+def test_a_forward_pass_that_moves_weights_is_refused(models, monkeypatch):
+    """The control: OFT's ``coft`` projects them, wherever anybody was drawn."""
     plan = plan_of(models["llama"], "oft", tuner=tuner("oft", coft=True))
     with pytest.raises(ConfigurationError, match="unknown key 'coft'"):
         tuned(plan)
@@ -182,6 +183,9 @@ def test_a_forward_pass_that_moves_weights_is_told(models):
     shake(model)
     with pytest.raises(UncoveredParameters, match="a forward pass moves"):
         between_worlds(model, plan)
+    monkeypatch.setattr(UnitGradients, "_seen", lambda _: [])
+    moved, clip = between_worlds(model, plan)
+    assert moved > 100 * clip
 
 
 @each
