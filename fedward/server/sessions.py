@@ -195,7 +195,8 @@ class Sessions:
                 silent.discard(site)
                 facts = self._anchors.learn(letter) if phase is Phase.MASKED else None
                 self.record(attempt, phase, facts, site=site)
-        self._silent = frozenset(silent)
+        # Where nobody answers, the fault is here or in the network, and no site's.
+        self._silent = frozenset(silent) if letters else frozenset()
 
     def _suspects(self) -> Mapping[int, frozenset[int]]:
         """What the complaints of the last session come to, by the site that complained."""

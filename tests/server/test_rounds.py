@@ -19,7 +19,7 @@ from fedward.client.app import client_app
 from fedward.client.policy import Policy
 from fedward.errors import CohortTooSmall, DataError, IdentityError, RoundError
 from fedward.identity import Identity
-from fedward.messages import Letter, open_letter, seal_letter
+from fedward.messages import MESSAGE_TYPES, Letter, open_letter, seal_letter
 from fedward.plan import Plan
 from fedward.plan_aggregation import Aggregation
 from fedward.server.rounds import RoundEngine
@@ -239,6 +239,29 @@ def test_a_silent_site_costs_the_deadline_and_is_left_out(make_rig):
     rig.run()
     assert rig.cohorts == [[0, 2, 3]]
     assert rig.facts(Phase.LEFT_OUT) == [(LIAR, {"at": "task", "reason": "no answer"})]
+
+
+class StalledGrid(LocalGrid):
+    """The coordinator stands still over the first survivors: no answer to them arrives."""
+
+    stalled = False
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        if self.stalled or messages[0].metadata.message_type != MESSAGE_TYPES["consistency"]:
+            return super().push_messages(messages)
+        self.stalled = True
+        return [f"lost {number}" for number in range(len(messages))]
+
+
+def test_a_silence_of_all_is_nobodys(make_rig):
+    """The next attempt would leave out a site that has done nothing, and a second one for good."""
+    plan = dataclasses.replace(HASTY, rounds=dataclasses.replace(HASTY.rounds, count=1))
+    rig = make_rig(grid=StalledGrid, plan=plan)
+    rig.run()
+    ((_, aborted),) = rig.facts(Phase.ABORTED)
+    assert "silent" not in aborted
+    assert rig.cohorts == [[0, 1, 2, 3]]
 
 
 class LyingGrid(LocalGrid):
