@@ -25,6 +25,7 @@ LEAVES = {
     "plan",
     "plan_aggregation",
     "plan_fallback",
+    "plan_gate",
     "plan_task",
     "plan_tuner",
     "private_files",

@@ -29,6 +29,7 @@ from fedward.plan import (
 )
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.plan_fallback import Fallback
+from fedward.plan_gate import Gate
 
 FULL = """\
 name = "ward-7"
@@ -106,6 +107,7 @@ ALSO: Tables = {  # what a section needs before one of its keys can be tried
     "data.split": {"by": "label", "alpha": 0.5, "sites": 6},
     "metrics": {"epsilon": 1.0},
     "fallback": {"after": 1, "job": "a"},
+    "gate": {"data": "a"},
 }
 
 TEXT, WHOLE, NUMBER = "text", "a whole number", "a number"
@@ -150,6 +152,11 @@ REFUSED: list[tuple[Any, ...]] = [
     ("data", "site", [1], TEXT),
     ("data", "split", ["label", [1]], "a section"),
     ("data.split", "by", [1], TEXT),
+    ("cohort", "groups", [0, 2, 1001], "1, or 3 to 1000"),
+    ("gate", "data", [""], "a file of records"),
+    ("gate", "worse_by", [-1.0, math.inf], "0 or more"),
+    ("gate", "norm", [0.0, -1.0], POSITIVE),
+    ("gate", "refusals", [0, 1001], "1 to 1000 rounds"),
     ("fallback", "after", [0, 1001], "1 to 1000 attempts"),
     ("fallback", "job", [""], "a job's file"),
     ("fallback", "adapter", ["", "A" * 64, "a" * 63], "64 lower-case hex digits"),
@@ -301,7 +308,7 @@ def test_true_is_not_a_number(file, section, key):
 def test_nan_is_refused_from_a_file_and_from_code(file, full, section, key):
     with pytest.raises(ConfigurationError, match=rf"{key} = nan: expected"):
         load_plan(write(file, section, key, math.nan))
-    part = full
+    part = replace(full, gate=GATES[0])
     for name in section.split("."):
         part = vars(part)[name]
     with pytest.raises(InvalidValue):
@@ -422,6 +429,13 @@ def test_the_hash_of_a_plan_is_fixed(file, full):
     assert full.hash().hex() == "f1c671ecbc5e8787b907b82ace7b2bc6ba588b5721d35fa48d67a676d860eb97"
 
 
+GATES = [
+    Gate(data="a"),
+    Gate(data="b"),
+    Gate(data="a", worse_by=0.2),
+    Gate(data="a", norm=1.0),
+    Gate(data="a", refusals=4),
+]
 FALLBACKS = [
     Fallback(after=1, job="a"),
     Fallback(after=2, job="a"),
@@ -434,6 +448,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"seed": 12},
         {"metrics": None},
         *({"fallback": fallback} for fallback in FALLBACKS),
+        *({"gate": gate} for gate in GATES),
         {"task": Task(objective="classify")},
         {"data": Data()},
         {"cohort": Cohort()},
@@ -475,7 +490,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"proximal": 0.1},
         {"physical_batch": 32},
     ],
-    "cohort": [{"minimum": 5}, {"colluders": 1}],
+    "cohort": [{"minimum": 5}, {"colluders": 1}, {"groups": 3}],
     "aggregation": [
         {"scheme": "fedavg"},
         {"update_clip": 0.25},
@@ -514,7 +529,8 @@ def test_the_hash_changes_with_each_key(full):
         (s, k) for s, cs in CHANGES.items() for c in cs for k in c
     }
     preferring = {"chosen", "rejected", "beta", "desirable_weight", "undesirable_weight"}
-    named = one_value | only_sft | preferring | vars(FALLBACKS[0]).keys()
+    later = vars(FALLBACKS[0]).keys() | vars(GATES[0]).keys()
+    named = one_value | only_sft | preferring | later
     assert {key for _, key in left} == named
     sft = replace(full, task=Task())
     data = [Data(), Data(messages="m"), Data(prompt="p", completion="c")]
