@@ -38,7 +38,7 @@ from fedward.tuning.records import Records, make_sites, merge, select
 from fedward.tuning.tuned import tuned_model
 
 ATTACKS: tuple[Attack, ...] = get_args(Attack)
-DEFENCES = ("none", "clip", "gate", "groups")
+DEFENCES = ("none", "gate-alone", "clip", "gate", "groups")
 HOSTILE = {10: 1, 30: 3}
 """Sites to how many of them are hostile."""
 GROUPS = {10: 3, 30: 7}
@@ -71,8 +71,8 @@ class Cell:
     Args:
         sites: Key of :data:`HOSTILE`.
         attack: What the hostile ones do; ``nothing`` for none of them.
-        defence: ``none`` (a clip so wide that nobody feels it), ``clip``, and with the clip
-            ``gate`` or ``groups``.
+        defence: ``none`` (a clip so wide that nobody feels it), ``gate-alone`` (the gate without
+            a clip), ``clip``, and with the clip ``gate`` or ``groups``.
         seed: Of split and adapter.
     """
 
@@ -137,7 +137,7 @@ class Grid:
 
     def plan(self, cell: Cell) -> Plan:
         """The example's plan with the cell's sites and defence, without privacy."""
-        tight, case = cell.defence != "none", self._case
+        tight, case = cell.defence not in {"none", "gate-alone"}, self._case
         return dataclasses.replace(
             case.plan,
             name="attacked",
@@ -160,7 +160,9 @@ class Grid:
             cohort=Cohort(minimum=3, groups=GROUPS[cell.sites] if cell.defence == "groups" else 1),
             aggregation=Aggregation(update_clip=TIGHT if tight else LOOSE),
             privacy=Privacy(epsilon=math.inf, delta=1e-5, clip=0.5, records_per_unit=2),
-            gate=Gate(data="public.jsonl", refusals=1000) if cell.defence == "gate" else None,
+            gate=Gate(data="public.jsonl", refusals=1000)
+            if cell.defence.startswith("gate")
+            else None,
         )
 
     @cached_property
@@ -218,7 +220,7 @@ def _federate(
         if phase in ROUND_ENDS:
             there = {names[each] for each in facts["cohort"]}
             missed += len(set(names) - set(hostile) - there)
-            adapter = (folder / "coordinator" / "blobs" / facts["adapter"]).read_bytes()
+            adapter = (folder / "coordinator" / "blobs" / str(facts["adapter"])).read_bytes()
 
     try:
         federation.run(observe)

@@ -41,7 +41,7 @@ def make_rig(tmp_path):
 
 
 def groups(rig: Rig, number: int, plan: Plan = GROUPED) -> list[list[int]]:
-    found = groups_of(plan.cohort, rig.desk.roster, Attempt(run=RUN, round=number), rig.nodes)
+    found = groups_of(plan.cohort, rig.desk.roster, Attempt(run=RUN, round=number), list(rig.nodes))
     return [list(group) for group in found]
 
 
