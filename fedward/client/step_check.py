@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from functools import lru_cache
 
+import torch
 from torch import Tensor, nn
 
 from fedward.errors import ModelError, UncoveredParameters
@@ -27,11 +28,13 @@ def check_step(plan: Plan, device: str = "cpu") -> Coverage:
         How gradients will be taken; where that is the slow way, it is also logged as a warning.
 
     Raises:
-        ModelError: No clipping could bound what one unit changes, or the model cannot be loaded.
+        ModelError: No clipping could bound what one unit changes, a record of ``max_length`` does
+            not fit the model, or the model cannot be loaded.
     """
     tuned = tuned_model(plan, device)
     known = len(tuned.tokenizer)
-    rows = [tuple((7 * n + place) % known for place in range(n)) for n in _LENGTHS]
+    lengths = (*_LENGTHS, plan.task.max_length)
+    rows = [tuple((7 * n + place) % known for place in range(n)) for n in lengths]
     examples = [made_up(plan, row, number % 2) for number, row in enumerate(rows)]
     encoded = encoded_as(plan, examples, padding=0)
 
@@ -39,7 +42,15 @@ def check_step(plan: Plan, device: str = "cpu") -> Coverage:
         return loss_per_example(model, collate(encoded, indices, device))
 
     try:
-        check_independence(tuned.model, loss, range(len(rows)))
+        with torch.no_grad():
+            loss(tuned.model, [len(_LENGTHS)])
+    except (IndexError, RuntimeError) as error:
+        raise ModelError(
+            f"max_length = {plan.task.max_length}: the model does not take so many tokens, and a "
+            "record that long would end its training; lower it"
+        ) from error
+    try:
+        check_independence(tuned.model, loss, range(len(_LENGTHS)))
         covered = coverage(tuned.model)
     except UncoveredParameters as error:
         raise ModelError(f"the plan cannot be trained privately: {error}") from error

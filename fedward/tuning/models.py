@@ -205,8 +205,9 @@ def _check(folder: Path, config: PreTrainedConfig, task: Task) -> None:
     if any((facts.get(name) or 0) > 1 for name in _EXPERTS):
         # Routing couples the examples of a batch, so that no bound on one of them would hold.
         raise ModelError(f"{folder}: a mixture of experts cannot be trained privately")
-    if task.objective == "sft" and facts.get("is_decoder", True) is False:
-        raise ModelError(f"{folder}: an encoder sees the tokens that 'sft' learns to predict")
+    if task.objective != "classify" and facts.get("is_decoder", True) is False:
+        learns = f"an encoder sees the tokens that {task.objective!r} learns to predict"
+        raise ModelError(f"{folder}: {learns}")
 
 
 def _load(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, PromptLearningConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -127,8 +127,10 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
     Raises:
         ConfigurationError: A key that PEFT does not have or refuses, layers that the model does not
             have, trainable embeddings or output layers, or a rank above a layer's width.
+        InvalidValue: Vectors before the input leave no place for ``max_length`` tokens.
     """
     configuration, outer = _configuration(plan), _outer_layers(base)
+    _check_room(base, configuration, plan)
     if plan.tuner.method in {"prompt", "p-tuning"} and "score" in dict(base.named_children()):
         # Beside vectors they see no token, so that a row's end would be that of the batch.
         raise ConfigurationError(
@@ -151,6 +153,17 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
             _start(parameter, name, plan)
     _check_personal(model, plan)
     return model
+
+
+def _check_room(base: PreTrainedModel, configuration: PeftConfig, plan: Plan) -> None:
+    """Refuse vectors that leave a record of ``max_length`` no place: it would end the training."""
+    if not isinstance(configuration, PromptLearningConfig):
+        return
+    vectors, facts = configuration.num_virtual_tokens or 0, base.config.get_text_config().to_dict()
+    places = facts.get("max_position_embeddings", plan.task.max_length + vectors)
+    if plan.task.max_length + vectors > places:
+        allowed = f"at most {places - vectors}: the model has {places} places, and the tuner puts "
+        raise InvalidValue("max_length", plan.task.max_length, f"{allowed}{vectors} vectors there")
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -211,9 +211,10 @@ class TestBadModels:
         with pytest.raises(ModelError, match="is an adapter"):
             load(folder, SFT)
 
-    def test_encoder_cannot_learn_to_predict_what_it_sees(self, models):
-        with pytest.raises(ModelError, match="encoder"):
-            load(models["bert"], SFT)
+    @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+    def test_encoder_cannot_learn_to_predict_what_it_sees(self, models, objective):
+        with pytest.raises(ModelError, match=f"encoder .* '{objective}'"):
+            load(models["bert"], Task(objective=objective, max_length=32))
 
     def test_more_tokens_than_the_model_takes(self, models):
         with pytest.raises(InvalidValue, match="128"):

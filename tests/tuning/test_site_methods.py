@@ -1,6 +1,7 @@
 """Every method that sites train: one start everywhere, exact clips, closed keys; others refused."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from peft import OFTConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fedward.errors import ConfigurationError, InvalidValue, UncoveredParameters
+from fedward.client.step_check import check_step
+from fedward.errors import ConfigurationError, InvalidValue, ModelError, UncoveredParameters
 from fedward.plan import Plan, Rounds, Task, Tuner
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.plan_tuner import LORA, METHODS, REFUSED, UNMERGEABLE
@@ -19,7 +21,7 @@ from fedward.privacy.engine import UnitGradients
 from fedward.privacy.noise import SecureStream
 from fedward.privacy.probe import check_independence
 from fedward.privacy.training import train_steps
-from fedward.tuning import methods
+from fedward.tuning import methods, tuners
 from fedward.tuning.adapter import adapter_state, load_adapter
 from fedward.tuning.models import load_base
 from fedward.tuning.objectives import collate, encode, loss_per_example
@@ -255,6 +257,17 @@ class TestVectorsBeforeTheInput:
         plan = plan_of(models["classifier"], method, task=CLASSIFY)
         with pytest.raises(ConfigurationError, match="needs an encoder"):
             tuned(plan)
+
+    @pytest.mark.parametrize("method", VECTORS)
+    def test_leave_the_longest_record_its_place(self, models, method, monkeypatch):
+        """Else it would end the training, and that a site fails would tell of a patient."""
+        fits, longer = (dataclasses.replace(CLASSIFY, max_length=n) for n in (126, 127))
+        check_step(plan_of(models["bert"], method, task=fits))
+        with pytest.raises(InvalidValue, match="at most 126"):
+            tuned(plan_of(models["bert"], method, task=longer))
+        monkeypatch.setattr(tuners, "_check_room", lambda *_: None)
+        with pytest.raises(ModelError, match="does not take so many tokens"):
+            check_step(plan_of(models["bert"], method, task=longer))
 
     @pytest.mark.parametrize(
         ("name", "method"), [("bert", "prompt"), ("bert", "p-tuning"), ("classifier", "prefix")]
