@@ -96,8 +96,7 @@ def _patient() -> list[Case]:
              strike=do.upload(spoil_after=100_000), says=unreachable),
         Case(fault="byte corrupted on its way down", stage="masked",
              strike=do.download(spoil_after=300), says=unreachable),
-        Case(fault="earlier bytes played again", stage="masked", strike=do.replay_bytes,
-             says=unreachable),
+        Case(fault="earlier bytes played again", stage="masked", strike=do.replay_bytes),
         Case(fault="second daemon on one folder", stage="training", strike=do.second_daemon,
              says="another process runs this site", todo="stop one of the two"),
     ]  # fmt: skip

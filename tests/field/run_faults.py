@@ -10,6 +10,7 @@ left its site, once. At last one hospital counts its update twice: the check has
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import re
@@ -53,14 +54,16 @@ class Played:
         own: Its rounds in plain arithmetic.
         rosters: The one of each round.
         rows: What came of each fault.
+        wrong: Where something else should have.
     """
 
     name: str
     plan: Plan
     start: bytes
     own: Arithmetic
-    rosters: list[Roster]
-    rows: list[dict[str, Any]]
+    rosters: list[Roster] = dataclasses.field(default_factory=list)
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    wrong: list[str] = dataclasses.field(default_factory=list)
 
 
 def play(field: Field, run: Run, base: Path) -> Played:
@@ -71,7 +74,7 @@ def play(field: Field, run: Run, base: Path) -> Played:
         for name, site in field.sites.items()
     }
     own = Arithmetic(plan=plan, layout=layout, trainers=trainers)
-    played = Played(name=run.name, plan=plan, start=start, own=own, rosters=[], rows=[])
+    played = Played(name=run.name, plan=plan, start=start, own=own)
     hold.arm(field.root, run.cases[0].place(1))
     with open_control(field.coordinator) as control:
         control.start(run.name, plan, start, layout)
@@ -93,8 +96,12 @@ def play(field: Field, run: Run, base: Path) -> Played:
         said = {log.stem: log.read_bytes()[size:].decode() for log, size in marks.items()}
         row = outcome(at, case, played.rosters[-1]) | {"seconds": round(time.monotonic() - began)}
         field.say(json.dumps(row))
-        case.check(row, said[case.at or case.victim])
         played.rows.append(row)
+        try:
+            case.check(row, said[case.at or case.victim])
+        except AssertionError as wrong:  # the other cases are worth knowing all the same
+            field.say(str(wrong))
+            played.wrong.append(str(wrong))
     field.wait("the end of the run", lambda: field.state(run.name) == "finished")
     field.say(f"{run.name}: the run has ended by itself")
     return played
@@ -221,6 +228,8 @@ def main() -> int:
             wrong = wrong_rounds(field, played[-1])
             assert not wrong, f"{run.name}: the adapters of rounds {wrong} have other bits"
             field.say(f"{run.name}: every adapter is the one of its cohort")
+        failed = [words for one in played for words in one.wrong]
+        assert not failed, "\n".join(failed)
         epsilon = max(map(check_books, sites.values()))
         masks, noises = evidence.streams([site.root for site in sites.values()])
         control = wrong_rounds(field, plant(field, base))
