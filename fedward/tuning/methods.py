@@ -261,8 +261,9 @@ def without_peft_noise() -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         # A bias is what BitFit adds; that it cannot be merged stands in the table.
         warnings.filterwarnings("ignore", "Detected that the base layer has no bias", UserWarning)
-        # AdaLoRA's ranks are by parameter; PEFT looks for modules first, and then takes them.
-        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        # AdaLoRA's ranks are by parameter; PEFT looks for modules first, and then takes them. For a
+        # mixture PEFT adds patterns of its own, of experts that LoRA on linear layers leaves alone.
+        warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         warnings.filterwarnings("ignore", "Note that `r` is not used in AdaLora", UserWarning)
         # A layer that AdaLoRA left no rank is taken for one that was not gathered.
         warnings.filterwarnings("ignore", ".* LoRA tensor.* have invalid shape", UserWarning)
