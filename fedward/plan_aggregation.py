@@ -17,8 +17,9 @@ class Cohort:
         minimum: Fewest sites in a sum, max(3, colluders + 2) to 100000.
         colluders: Sites that may work together with the coordinator, 0 or more.
         groups: 1, or 3 to 1000: sites are dealt to so many groups in each round, each group has a
-            sum of its own, and the median of their means counts. Minimum and colluders then hold
-            for each group.
+            sum of its own, and the median of their means counts. The minimum then holds for
+            each group; colluders are counted over all sites, because all of them may come to be in
+            one group.
     """
 
     minimum: int = 3

@@ -3,11 +3,13 @@
 In one sum over all sites nobody can tell whose update moved it. Sums over groups can be compared
 instead, and their coordinate-wise median does not follow a minority of them: median of means (Chen,
 Su and Xu 2017, arXiv 1705.05491) by coordinates (Yin et al. 2018, arXiv 1803.01498). Every round
-deals the sites anew, by a public rule that nobody can choose the outcome of.
+deals the sites anew, by a public rule. Who names runs and invites can choose what comes of it, a
+site cannot; and by chance alone any few sites meet in some round.
 
 Guarantees:
-    Each group is a session of its own with the plan's minimum and colluders, and a site is in one:
-    what is learned of its update is a sum over its group, of at least the minimum, and no other. As
+    Each group is a session of its own with the plan's minimum, and a site is in one: what is
+    learned of its update is a sum over its group, of at least the minimum, and no other. While at
+    most ``colluders`` of all sites work with the coordinator, no dealing isolates anybody. As
     long as fewer than half of the groups that have a sum hold a hostile site, each coordinate of
     the result lies between the means of two honest groups (of an even number, between theirs and
     one more: the mean of the middle two).
@@ -42,7 +44,7 @@ def groups_of(
         roster: The pinned roster.
         attempt: Any at the round.
         dealt: Ids of the sites that are invited. The coordinator leaves out who keeps away, and so
-            has some choice of who is with whom; that is why minimum and colluders hold for a group.
+            has some choice of who is with whom; that is why each group has the minimum.
 
     Returns:
         Groups whose sizes differ by one at most; without groups in the plan, everybody's alone.
