@@ -17,6 +17,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 
 from fedward.errors import DataError
 from fedward.plan import Data, Plan, Task
+from fedward.tuning.adapter import from_bytes, load_adapter
 from fedward.tuning.metrics import evaluate
 from fedward.tuning.objectives import (
     Encoded,
@@ -29,6 +30,7 @@ from fedward.tuning.objectives import (
 from fedward.tuning.records import group, read_records
 from fedward.tuning.tuned import Tuned, tuned_model, with_reference
 from fedward.tuning.tuners import trainable
+from tests.privacy.tiny import released
 from tests.simulations.tiny import write_data
 from tests.tuning.rig import make_plan
 
@@ -176,6 +178,38 @@ def test_a_loss_depends_on_its_record_alone(models, objective):
         together = losses(tuned.model, encoded)
         alone = [losses(tuned.model, encoded, [i])[0] for i in range(len(together))]
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+@both
+def test_a_reference_depends_on_its_record_alone(models, objective):
+    tuned, together = prepared(plan_of(models["llama"], objective))
+    known = [example.reference for example in together.examples]
+    for example, reference in zip(together.examples, known, strict=True):
+        one = with_reference(tuned, dataclasses.replace(together, examples=(example,)))
+        assert one.examples[0].reference == pytest.approx(reference, abs=1e-4)
+    assert max(known) - min(known) > 0.1, "the control: they are not all alike"
+
+
+@both
+def test_records_without_an_answer_and_far_too_long_ones_do_not_end_a_training(models, objective):
+    """An error would tell of the patient whose record it is."""
+    plan = plan_of(models["llama"], objective)
+    rows = [
+        {"prompt": p, "chosen": a, "rejected": b, "completion": a, "label": True}
+        for p, a, b in (("", "", ""), ("Any?", " No.", " No."), ("so " * 99, "yes " * 99, ""))
+    ]
+    tuned = tuned_model(plan)
+    load_adapter(tuned.model, from_bytes(tuned.start))
+    encoded = encode(group(rows, None), tuned.tokenizer, plan)
+    assert max(len(example.tokens) for example in encoded.examples) == plan.task.max_length
+    encoded = with_reference(tuned, encoded)
+    for units in ([[0]], [[1]], [[2]], [[0], [1, 2]]):
+        _, facts = released(
+            tuned.model,
+            lambda model, found: loss_per_example(model, collate(encoded, found, "cpu")),
+            units=units,
+        )
+        assert (facts.units, facts.non_finite) == (len(units), 0)
 
 
 def test_accuracy_is_the_share_of_pairs_whose_better_answer_is_likelier(models):

@@ -148,8 +148,9 @@ def between_worlds(model: nn.Module, plan: Plan) -> tuple[float, float]:
     base_tokens = load_base(plan.model, plan.task)[1]
     encoded = encode(group(ROWS[:1], None), base_tokens, plan)
     step, start = mechanism(clip=1e-3, noise_multiplier=50.0), adapter_state(model)
+    nobody: list[list[int]] = [[]]
     ends = []
-    for units in ([[]], [[0]]):  # nobody, and one patient who is drawn both times
+    for units in (nobody, [[0]]):  # and one patient, who is drawn both times
         load_adapter(model, start)
         optimizer = torch.optim.SGD(list(trainable(model).values()), lr=1.0)
         train_steps(
