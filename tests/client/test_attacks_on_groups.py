@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ STEPS = ("hello", "shares", "masked", "consistency", "unmask")
 
 
 @pytest.fixture
-def desk(tmp_path) -> Iterator[Desk]:
+def desk(tmp_path: Path) -> Iterator[Desk]:
     made = Desk(tmp_path, plan=GROUPED, sites=SITES)
     yield made
     made.close()
