@@ -125,7 +125,7 @@ def read_committed(data: bytes, last: Attempt) -> Attempt:
     except (ValueError, RecursionError) as error:
         raise ProtocolError("the committed attempt is not JSON") from error
     session, number = numbers if type(numbers) is list and len(numbers) == 2 else (1, numbers)
-    known = type(session) is type(number) is int and min(session, number) >= 1
+    known = type(session) is int and type(number) is int and session >= 1 and number >= 1
     if not known or (session, number) < last.order[1:]:
         raise ProtocolError(f"attempt {last.attempt} was this site's, and no earlier one counts")
     return dataclasses.replace(last, session=session, attempt=number)

@@ -25,10 +25,10 @@ PAIR = split(LAYOUT)[0][0]
 def means(updates: list[Vector], layout: Layout = LAYOUT) -> tuple[Numbers, Second]:
     """Both passes in the clear."""
     sent = [two_pass.first_pass(update, layout, KEY, CLIP) for update in updates]
-    first: Numbers = np.mean(sent, axis=0, dtype=np.float64)
+    first = np.stack(sent).mean(axis=0, dtype=np.float64)
     basis = two_pass.basis_of(first, layout, KEY)
     sent = [two_pass.second_pass(update, layout, basis, KEY, CLIP) for update in updates]
-    return first, Second(basis=basis, mean=np.mean(sent, axis=0, dtype=np.float64))
+    return first, Second(basis=basis, mean=np.stack(sent).mean(axis=0, dtype=np.float64))
 
 
 def test_three_sites_are_exact_and_of_six_a_part_is_mended():
