@@ -230,7 +230,8 @@ def test_a_coordinator_that_drops_a_site_from_the_second_pass_learns_nothing(
     second = {e.phase for e in tiny.events_of(tmp_path) if e.attempt.session % 2 == 0}
     assert second == {Phase.LEFT_OUT}, "no key, no share and no input left a site"
     reasons = [facts for at, facts in tiny.facts_of(tmp_path, Phase.LEFT_OUT) if at.session == 2]
-    assert reasons == [{"at": "hello", "reason": "protocol-aborted"}] * 3
+    assert len(reasons) >= 3, "all whom it asked, in each attempt"
+    assert all(facts == {"at": "hello", "reason": "protocol-aborted"} for facts in reasons)
 
 
 def test_twin_without_the_cohort_the_two_sums_tell_the_sketch_of_the_site_in_one_alone(
