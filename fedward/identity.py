@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -184,6 +185,30 @@ class Roster:
         )
         return digest("roster", self.epoch.to_bytes(8, "big"), self.coordinator, *entries)
 
+    def to_json(self) -> dict[str, Json]:
+        """What :meth:`from_json` reads."""
+        members: list[Json] = [[m.id, m.name, m.public_key.hex()] for m in self.members]
+        return {"epoch": self.epoch, "coordinator": self.coordinator.hex(), "members": members}
+
+    @classmethod
+    def from_json(cls, facts: Any) -> Self:  # noqa: ANN401  # checked here
+        """Read a roster.
+
+        Raises:
+            IdentityError: It is not one.
+        """
+        try:
+            return cls(
+                epoch=facts["epoch"],
+                coordinator=bytes.fromhex(facts["coordinator"]),
+                members=tuple(
+                    Member(id=site, name=name, public_key=bytes.fromhex(key))
+                    for site, name, key in facts["members"]
+                ),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IdentityError("this is not a roster") from error
+
     def member(self, site: int) -> Member:
         """The member with this id.
 
@@ -222,13 +247,7 @@ def fingerprint(public_key: bytes) -> str:
 
 def seal_roster(roster: Roster, identity: Identity) -> bytes:
     """The roster as bytes that the coordinator has signed; :func:`open_roster` reads them."""
-    members: list[Json] = [[m.id, m.name, m.public_key.hex()] for m in roster.members]
-    facts: dict[str, Json] = {
-        "epoch": roster.epoch,
-        "coordinator": roster.coordinator.hex(),
-        "members": members,
-    }
-    return identity.seal(_ROSTER, canonical_json(facts))
+    return identity.seal(_ROSTER, canonical_json(roster.to_json()))
 
 
 def open_roster(sealed: bytes, coordinator: bytes) -> Roster:
@@ -240,20 +259,12 @@ def open_roster(sealed: bytes, coordinator: bytes) -> Roster:
     """
     body = open_sealed(coordinator, _ROSTER, sealed)
     try:
-        facts = json.loads(body)
-        roster = Roster(
-            epoch=facts["epoch"],
-            coordinator=bytes.fromhex(facts["coordinator"]),
-            members=tuple(
-                Member(id=site, name=name, public_key=bytes.fromhex(key))
-                for site, name, key in facts["members"]
-            ),
-        )
+        roster = Roster.from_json(json.loads(body))
         for member in roster.members:
             check_site_name(member.name)
     except InvalidValue as error:
         raise IdentityError(f"the roster names a site that cannot be one: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise IdentityError("what the coordinator signed is not a roster") from error
     if roster.coordinator != coordinator:
         raise IdentityError("the roster names another coordinator than the one that signed it")

@@ -37,7 +37,7 @@ from fedward.client.last_round import (
     read_basis,
     read_fallback,
 )
-from fedward.client.memory import SiteMemory
+from fedward.client.memory import KeptTask, SiteMemory
 from fedward.client.narrow import narrowed, own_rank, widened
 from fedward.client.policy import Policy
 from fedward.client.training import Trainer, TrainRequest, TrainResult
@@ -111,9 +111,7 @@ class Agent:
         self._policy, self._ledger, self._memory = policy, ledger, memory
         self._trainer, self._secret = trainer, SecureStream(key)
         self._consent, self._journal = consent or Consent(policy), journal
-        self._last_round = LastRound(
-            roster=roster, memory=memory, every_sum=policy.every_sum, note=self._note
-        )
+        self._last_round = LastRound(memory=memory, every_sum=policy.every_sum, note=self._note)
         self._work: _Work | None = None
         self._answers: dict[str, tuple[bytes, RecordDict]] = {}
 
@@ -257,7 +255,7 @@ class Agent:
                 plan.cohort, self._roster, attempt, letter.parts.get("dealt", b""), self._site
             ),
         )
-        self._memory.keep_task(attempt, adapter)
+        self._memory.keep_task(KeptTask(attempt=attempt, adapter=adapter, roster=self._roster))
         failpoints.hit("agent.kept")
         self._ledger.open_run(
             attempt.run,

@@ -21,7 +21,7 @@ from fedward.aggregation.schemes import Vector
 from fedward.aggregation.two_pass import Second
 from fedward.attempt import Attempt
 from fedward.canonical import Json
-from fedward.client.memory import SiteMemory
+from fedward.client.memory import KeptTask, SiteMemory
 from fedward.errors import PolicyRefusal, ProtocolError
 from fedward.identity import Roster
 from fedward.messages import Letter
@@ -204,7 +204,6 @@ class LastRound:
     """What a site makes of the round before a task's.
 
     Args:
-        roster: The pinned roster.
         memory: What the site remembers of tasks and sessions.
         every_sum: The policy's: refuse where sums in between were not checked.
         note: Writes a line of the journal.
@@ -213,12 +212,11 @@ class LastRound:
     def __init__(
         self,
         *,
-        roster: Roster,
         memory: SiteMemory,
         every_sum: bool,
         note: Callable[[str, Mapping[str, Json]], None],
     ) -> None:
-        self._roster, self._memory, self._every_sum, self._note = roster, memory, every_sum, note
+        self._memory, self._every_sum, self._note = memory, every_sum, note
 
     def adapter(
         self, letter: Letter, plan: Plan, layout: Layout, fallen: tuple[int, str] | None
@@ -248,17 +246,17 @@ class LastRound:
             refused: Json = [began, attempt.round - 1]
             self._note("rounds refused by the gate", {"run": attempt.run, "rounds": refused})
         if last is not None:
-            first = last[0].round
-            if attempt.order < last[0].order:
+            first = last.attempt.round
+            if attempt.order < last.attempt.order:
                 raise ProtocolError("this site has taken a newer task of the run")
             if began <= first:  # asked again, perhaps after a crash in the training, or refused
-                if letter.parts.get("adapter", last[1]) != last[1]:
+                if letter.parts.get("adapter", last.adapter) != last.adapter:
                     raise ProtocolError("the adapter changed between two attempts at one round")
-                return last[1]
+                return last.adapter
         if fallen is not None and began == fallen[0] + 1:
             return check_named(letter.part("adapter"), fallen[1])
         if last is not None and began == first + 1:
-            return self._recompute(letter, plan, layout, *last)
+            return self._recompute(letter, plan, layout, last)
         if began > first:
             missed: Json = [first, began - 1]
             _LOG.warning("round %d: sums of rounds %s were not checked", attempt.round, missed)
@@ -268,12 +266,11 @@ class LastRound:
                 raise PolicyRefusal([reason])
         return letter.part("adapter")
 
-    def _recompute(
-        self, letter: Letter, plan: Plan, layout: Layout, then: Attempt, before: bytes
-    ) -> bytes:
+    def _recompute(self, letter: Letter, plan: Plan, layout: Layout, then: KeptTask) -> bytes:
         """What the adapter before and the published sum give; a task's own must be the same."""
-        committed = read_committed(letter.part("attempt"), then)
-        cohorts = read_cohorts(letter.part("cohort"), self._roster, plan, committed)
+        before, roster = then.adapter, then.roster
+        committed = read_committed(letter.part("attempt"), then.attempt)
+        cohorts = read_cohorts(letter.part("cohort"), roster, plan, committed)
         # What it signed in an attempt that came to nothing binds no attempt that it missed.
         signed = self._memory.cohort(committed)
         mine = [cohort for group, cohort in cohorts if not group or set(signed or ()) <= set(group)]
@@ -286,7 +283,7 @@ class LastRound:
             if not rule.again:
                 raise ProtocolError("the committed session is not a second pass")
             ((_, cohort),) = cohorts
-            mean = self._mean(letter.part("sum"), rule, cohort, plan, whole=True)
+            mean = _mean(letter.part("sum"), rule, cohort, plan, roster, whole=True)
             second = Second(basis=read_basis(letter.part("basis")), mean=mean)
             rule = dataclasses.replace(
                 rule, attempt=dataclasses.replace(committed, session=committed.session - 1)
@@ -294,7 +291,7 @@ class LastRound:
         totals = split_sum(letter.part("first" if second else "sum"), len(cohorts))
         mean = middle(
             [
-                self._mean(total, rule, cohort, plan, group=group)
+                _mean(total, rule, cohort, plan, roster, group=group)
                 for total, (group, cohort) in zip(totals, cohorts, strict=True)
             ]
         )
@@ -308,26 +305,27 @@ class LastRound:
             raise ProtocolError("the adapter is not what the published sum gives")
         return expected
 
-    def _mean(
-        self,
-        total: bytes,
-        rule: Rule,
-        cohort: tuple[int, ...],
-        plan: Plan,
-        *,
-        group: Group = (),
-        whole: bool = False,
-    ) -> npt.NDArray[np.float64]:
-        parameters = planned_session(
-            plan,
-            self._roster,
-            rule.attempt,
-            task_hash=bytes(32),
-            dimension=rule.words,
-            group=group,
-            cohort=cohort if whole else (),
-        )
-        return published_mean(total, parameters, cohort, plan)
+
+def _mean(
+    total: bytes,
+    rule: Rule,
+    cohort: Cohort,
+    plan: Plan,
+    roster: Roster,
+    *,
+    group: Group = (),
+    whole: bool = False,
+) -> npt.NDArray[np.float64]:
+    parameters = planned_session(
+        plan,
+        roster,
+        rule.attempt,
+        task_hash=bytes(32),
+        dimension=rule.words,
+        group=group,
+        cohort=cohort if whole else (),
+    )
+    return published_mean(total, parameters, cohort, plan)
 
 
 def published_mean(

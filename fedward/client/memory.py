@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from fedward import failpoints
 from fedward.aggregation.transcript import Outcome
 from fedward.attempt import Attempt
-from fedward.canonical import canonical_json, digest
+from fedward.canonical import Json, canonical_json, digest
 from fedward.errors import IdentityError, LedgerError, LedgerRolledBack
-from fedward.identity import Identity, open_sealed
+from fedward.identity import Identity, Roster, open_sealed
 from fedward.messages import Receipt
 from fedward.privacy.chain import Chain
 from fedward.privacy.ledger import Ledger
@@ -18,6 +19,22 @@ from fedward.private_files import FileState, file_state, make_private_folder, wr
 
 _TASK = "fedward/1/task kept"
 _RUNS = 4  # side by side, whose last adapter is kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptTask:
+    """What a site keeps of a task: what the next round's adapter is recomputed from.
+
+    Args:
+        attempt: The task's.
+        adapter: Safetensors bytes.
+        roster: The pinned roster of that day: a sum means something under the one that it was made
+            under, and members come and go between rounds.
+    """
+
+    attempt: Attempt
+    adapter: bytes
+    roster: Roster
 
 
 class SiteMemory:
@@ -46,7 +63,7 @@ class SiteMemory:
         self._cohorts: dict[str, tuple[int, ...]] = {}
         self._begun: str | None = None
         self._acknowledged = 0
-        self._last: tuple[FileState, tuple[Attempt, bytes]] | None = None
+        self._last: tuple[FileState, KeptTask] | None = None
         if chain.entries and ledger.head[0] == 0:
             raise LedgerRolledBack(
                 "this site remembers sessions, but its ledger is empty: restore the ledger"
@@ -122,22 +139,24 @@ class SiteMemory:
         newest = self._newest.get(attempt.run) == attempt.order
         return self._cohorts.get(attempt.run) if newest else None
 
-    def keep_task(self, attempt: Attempt, adapter: bytes) -> None:
-        """Keep the adapter of a run's last task; durable on return.
+    def keep_task(self, task: KeptTask) -> None:
+        """Keep a run's last task; durable on return.
 
         Of many runs those used last are kept.
         """
-        body = canonical_json([attempt.run, *attempt.order]) + b"\n" + adapter
+        attempt = task.attempt
+        head: list[Json] = [attempt.run, *attempt.order, task.roster.to_json()]
+        body = canonical_json(head) + b"\n" + task.adapter
         make_private_folder(self._tasks)
         write_private(self._task_file(attempt.run), self._identity.seal(_TASK, body))
         failpoints.hit("memory.task")
-        self._last = file_state(self._task_file(attempt.run)), (attempt, adapter)
+        self._last = file_state(self._task_file(attempt.run)), task
         kept = sorted(self._tasks.glob("*.signed"), key=lambda path: path.stat().st_mtime_ns)
         for path in kept[:-_RUNS]:
             path.unlink()
 
-    def last_task(self, run: str) -> tuple[Attempt, bytes] | None:
-        """Attempt and adapter of a run's last task; None if none is kept.
+    def last_task(self, run: str) -> KeptTask | None:
+        """A run's last task; None if none is kept.
 
         Raises:
             LedgerError: The file is not what this site wrote.
@@ -155,8 +174,9 @@ class SiteMemory:
                 "the next sum could not be checked"
             ) from error
         head, _, adapter = body.partition(b"\n")
-        name, first, second, third = json.loads(head)
-        return Attempt(run=name, round=first, session=second, attempt=third), adapter
+        name, first, second, third, facts = json.loads(head)
+        attempt = Attempt(run=name, round=first, session=second, attempt=third)
+        return KeptTask(attempt=attempt, adapter=adapter, roster=Roster.from_json(facts))
 
     def keep_receipt(self, receipt: Receipt) -> None:
         """Record a receipt that was checked, if it is for a newer line than the one kept."""

@@ -13,6 +13,7 @@ from fedward.attempt import Attempt
 from fedward.client.approval import approve
 from fedward.client.memory import SiteMemory
 from fedward.errors import SiteCode
+from fedward.identity import Identity, Member
 from fedward.tuning.vector import replace_vector, vector_of
 from fedward.typed_toml import dump
 from tests.client.desk import LAYOUT, PLAN, RUN, SITES
@@ -46,6 +47,22 @@ def test_an_honest_run_leaves_nothing_unchecked_through_every_restart(field):
     for number in (1, 2, 3):
         field.round(number)
         field.restart(0)
+    assert unchecked(field) == []
+
+
+@pytest.mark.parametrize("change", ["many come", "one is replaced"])
+def test_who_comes_and_goes_between_rounds_changes_nothing_of_the_last_sum(field, change):
+    """The grid of a sum is made for the sites there were, and whoever left was in it."""
+    field.round(1)
+    there = field.roster.members
+    keys = [Identity(bytes([100 + number]) * 32).public_key for number in range(30)]
+    come = [Member(id=9 + n, name=f"new{n}", public_key=key) for n, key in enumerate(keys)]
+    members = (*there, *come) if change == "many come" else (*there[:-1], come[0])
+    field.roster = dataclasses.replace(field.roster, epoch=2, members=members)
+    field.restart(0)
+    code = field.task(at(2), 0, adapter=bent(field))
+    field.refused(code, SiteCode.PROTOCOL_ABORTED, "not what the published sum gives")
+    assert field.task(at(2), 0) is SiteCode.READY
     assert unchecked(field) == []
 
 

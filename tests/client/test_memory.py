@@ -9,9 +9,9 @@ import pytest
 
 from fedward.aggregation.transcript import Outcome
 from fedward.attempt import Attempt
-from fedward.client.memory import SiteMemory
+from fedward.client.memory import KeptTask, SiteMemory
 from fedward.errors import LedgerError, LedgerRolledBack
-from fedward.identity import Identity
+from fedward.identity import Identity, Member, Roster
 from fedward.messages import Receipt, countersign
 from fedward.privacy.accounting import SampledGaussian
 from fedward.privacy.chain import Chain
@@ -22,6 +22,17 @@ FIRST = Attempt(run="r", round=1)
 ADAPTER = b"an adapter\nof two lines"
 SESSION, ONE, OTHER = bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 32
 OUTCOME = Outcome(session=SESSION, survivors=(0, 2, 3), survivors_hash=ONE)
+
+
+ROSTER = Roster(
+    epoch=3,
+    coordinator=COORDINATOR.public_key,
+    members=(Member(id=0, name="a", public_key=IDENTITY.public_key),),
+)
+
+
+def task(attempt: Attempt, adapter: bytes = ADAPTER) -> KeptTask:
+    return KeptTask(attempt=attempt, adapter=adapter, roster=ROSTER)
 
 
 def opened_ledger(folder: Path) -> Ledger:
@@ -90,18 +101,18 @@ def test_the_cohort_that_was_signed_is_that_of_the_newest_attempt(reopen):
 def test_a_run_s_last_task_is_kept(reopen):
     memory, second = reopen(), Attempt(run="r", round=2, attempt=3)
     assert memory.last_task("r") is None
-    memory.keep_task(FIRST, b"old")
-    memory.keep_task(second, ADAPTER)
-    assert reopen().last_task("r") == (second, ADAPTER)
+    memory.keep_task(task(FIRST, b"old"))
+    memory.keep_task(task(second))
+    assert reopen().last_task("r") == task(second)
     assert reopen().last_task("q") is None
 
 
 def test_of_many_runs_those_used_last_are_kept(reopen, tmp_path):
     memory = reopen()
     for number, run in enumerate("abcda"):
-        memory.keep_task(Attempt(run=run, round=1), run.encode())
+        memory.keep_task(task(Attempt(run=run, round=1)))
         os.utime(memory._task_file(run), ns=(number, number))  # file systems' clocks may be coarse
-    memory.keep_task(Attempt(run="e", round=1), b"e")
+    memory.keep_task(task(Attempt(run="e", round=1)))
     kept = [run for run in "abcde" if memory.last_task(run) is not None]
     assert kept == ["a", "c", "d", "e"]
     assert len(list((tmp_path / "tasks").iterdir())) == 4
@@ -109,7 +120,7 @@ def test_of_many_runs_those_used_last_are_kept(reopen, tmp_path):
 
 def test_a_task_that_was_changed_on_the_disk_is_refused(reopen):
     memory = reopen()
-    memory.keep_task(FIRST, ADAPTER)
+    memory.keep_task(task(FIRST))
     path = memory._task_file("r")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(LedgerError, match="remove it"):
@@ -118,9 +129,9 @@ def test_a_task_that_was_changed_on_the_disk_is_refused(reopen):
 
 def test_a_task_that_nobody_touched_is_not_read_again(reopen, monkeypatch):
     memory = reopen()
-    memory.keep_task(FIRST, ADAPTER)
+    memory.keep_task(task(FIRST))
     monkeypatch.setattr("fedward.client.memory.open_sealed", None)
-    assert memory.last_task("r") == (FIRST, ADAPTER)
+    assert memory.last_task("r") == task(FIRST)
     with pytest.raises(TypeError):
         reopen().last_task("r")
 

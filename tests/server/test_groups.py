@@ -81,7 +81,7 @@ def test_sites_make_the_adapter_from_all_groups_sums_and_have_signed_their_own(m
         kept = rig.desk.files[site][1].last_task(RUN)
         assert kept is not None
         (_, second), (_, facts) = rig.facts(Phase.COMMITTED)[1:]
-        assert kept[1] == rig.store.blob(second["adapter"]) != rig.store.blob(facts["adapter"])
+        assert kept.adapter == rig.store.blob(second["adapter"]) != rig.store.blob(facts["adapter"])
 
 
 class Hostile(Scripted):
