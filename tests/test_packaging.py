@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {"help", "demo", "test", "check", "field-test", "bench", "base-lm"}
+TARGETS = {"help", "demo", "test", "check", "field-test", "fault-test", "bench", "base-lm"}
 TELEMETRY = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

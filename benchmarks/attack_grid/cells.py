@@ -19,7 +19,6 @@ from reporting import kept_result
 from rich.console import Console
 
 from fedward.attempt import Attempt
-from fedward.canonical import Json
 from fedward.client.trainer import LocalTrainer
 from fedward.client.training import Trainer
 from fedward.errors import RoundError
@@ -211,10 +210,8 @@ def _federate(
     )
     ends, missed, adapter = Counter[str](), 0, tuned.start
 
-    def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
+    def observe(attempt: Attempt, phase: Phase, site: int, facts: Any) -> None:  # noqa: ANN401
         nonlocal adapter, missed
-        if not isinstance(facts, dict):
-            return
         if phase in ROUND_ENDS | {Phase.ABORTED}:
             ends[phase.value] += 1
         if phase in ROUND_ENDS:

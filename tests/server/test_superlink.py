@@ -273,7 +273,8 @@ def test_the_database_outlives_a_killed_engine_and_its_run_does_not(house):
 
 def test_a_run_outlives_a_minute_without_a_word_and_a_clock_that_is_set(house, monkeypatch):
     def status(grid: LinkGrid) -> str:
-        return house.state.get_run_status({grid.run.run_id})[grid.run.run_id].status
+        found = house.state.get_run_status({grid.run.run_id})
+        return str(found[grid.run.run_id].status)
 
     def later() -> datetime.datetime:
         return datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=365)
