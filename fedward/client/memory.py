@@ -168,15 +168,15 @@ class SiteMemory:
             return self._last[1]  # nobody touched it since this process wrote it
         try:
             body = open_sealed(self._identity.public_key, _TASK, path.read_bytes())
-        except IdentityError as error:
+            head, _, adapter = body.partition(b"\n")
+            name, first, second, third, facts = json.loads(head)
+            attempt = Attempt(run=name, round=first, session=second, attempt=third)
+            return KeptTask(attempt=attempt, adapter=adapter, roster=Roster.from_json(facts))
+        except (IdentityError, ValueError) as error:
             raise LedgerError(
-                f"{path}: is not what this site wrote; remove it, and the journal will say that "
-                "the next sum could not be checked"
+                f"{path}: is not what this version of this site wrote; remove it, and the journal "
+                "will say that the next sum could not be checked"
             ) from error
-        head, _, adapter = body.partition(b"\n")
-        name, first, second, third, facts = json.loads(head)
-        attempt = Attempt(run=name, round=first, session=second, attempt=third)
-        return KeptTask(attempt=attempt, adapter=adapter, roster=Roster.from_json(facts))
 
     def keep_receipt(self, receipt: Receipt) -> None:
         """Record a receipt that was checked, if it is for a newer line than the one kept."""
