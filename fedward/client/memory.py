@@ -174,8 +174,8 @@ class SiteMemory:
             return KeptTask(attempt=attempt, adapter=adapter, roster=Roster.from_json(facts))
         except (IdentityError, ValueError) as error:
             raise LedgerError(
-                f"{path}: is not what this version of this site wrote; remove it, and the journal "
-                "will say that the next sum could not be checked"
+                f"{path}: is not what this site wrote, or in another form; remove it, and the "
+                "journal will say that the next sum could not be checked"
             ) from error
 
     def keep_receipt(self, receipt: Receipt) -> None:

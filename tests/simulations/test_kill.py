@@ -30,7 +30,7 @@ from fedward.simulations.federation import Federation
 from tests.simulations import tiny
 
 ELSEWHERE = {Phase.LEFT_OUT, Phase.ABORTED, Phase.FALLBACK, Phase.REFUSED}
-"""What an undisturbed run of a plan without a fallback never comes to."""
+"""What an undisturbed run of a plan without fallback and gate never comes to."""
 
 PHASES = tuple(phase for phase in Phase if phase not in ELSEWHERE)
 
