@@ -141,7 +141,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     turns = options.turns or (3 if options.quick else 12)
     processes = options.processes or (1 if options.quick else 5)
-    steps = options.steps or (40 if options.quick else 60)
+    steps = options.steps or (20 if options.quick else 60)
     cases: dict[str, Figures] = {}
     print(f"\n{turns} turns, {processes} processes a side, {steps} steps; pairs: ours, TRL")
     print("| case | seconds | time | CPU seconds | CPU time | MB | memory | seconds of a process |")
