@@ -14,12 +14,11 @@ import fedward  # noqa: F401  # switches telemetry off before any library loads
 # isort: split
 
 import argparse
-import json
 from collections.abc import Sequence
 
+from attack_grid import tables
 from attack_grid.cells import Cell, Grid, Size, grid
-from attack_grid.tables import figures, markdown, sentences
-from reporting import choose, grid_options, machine, results_folder, show, work_through
+from reporting import choose, grid_options, report_cells, results_folder, show, work_through
 
 PACKAGES = ("torch", "transformers", "peft", "flwr")
 QUICK = Size(test=40, public=20, rounds=2)
@@ -33,17 +32,6 @@ def wanted(options: argparse.Namespace) -> Sequence[Cell]:
     return choose(grid(), options.cells, options.seeds)
 
 
-def report(results: Grid, options: argparse.Namespace) -> None:
-    """Print what the finished cells say together."""
-    done = {cell.name: kept for cell in grid() if (kept := results.result(cell)) is not None}
-    print("\n".join(sentences(done)))
-    if options.markdown:
-        print(markdown(done))
-    if options.json:
-        count = {"cells": len(grid()), "done": len(done)}
-        print(json.dumps({"machine": machine(*PACKAGES), **count, **figures(done)}))
-
-
 def main() -> None:
     """Read the options, run what is missing and report."""
     parser = grid_options(__doc__, "out/benchmarks/attacks", data=False)
@@ -55,7 +43,7 @@ def main() -> None:
             show(results, cells)
         else:
             work_through(results, cells)
-            report(results, options)
+            report_cells(results, grid(), options, PACKAGES, tables)
 
 
 if __name__ == "__main__":

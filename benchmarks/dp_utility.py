@@ -20,7 +20,7 @@ import json
 import math
 from pathlib import Path
 
-from reporting import choose, grid_options, machine, results_folder, show, work_through
+from reporting import choose, finished, grid_options, machine, results_folder, show, work_through
 from utility_grid.cells import Cell, Grid, Size, grid
 from utility_grid.tables import figures, lines, markdown, plot, sentences
 
@@ -43,7 +43,7 @@ def wanted(patterns: str, seeds: str | None, *, quick: bool) -> list[Cell]:
 
 def report(results: Grid, options: argparse.Namespace) -> None:
     """Print what the finished cells say together."""
-    done = {cell.name: kept for cell in grid() if (kept := results.result(cell)) is not None}
+    done = finished(results, grid())
     found = lines(done)
     print(
         "accuracy (medquad) or loss (e2e): mean over seeds with 95 % bootstrap intervals over the"

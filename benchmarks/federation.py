@@ -17,13 +17,12 @@ import fedward  # noqa: F401  # switches telemetry off before any library loads
 # isort: split
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 
-from reporting import choose, grid_options, machine, results_folder, show, work_through
+from reporting import choose, grid_options, report_cells, results_folder, show, work_through
+from scheme_grid import tables
 from scheme_grid.cells import Cell, Grid, Size, grid
-from scheme_grid.tables import figures, markdown, sentences
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "flwr")
 QUICK = Size(rows=600, test=60, rounds=2, private_rounds=2)
@@ -45,19 +44,6 @@ def tune(results: Grid, cells: Sequence[Cell]) -> None:
         print(f"{cell.name}: {found}", flush=True)
 
 
-def report(results: Grid, options: argparse.Namespace) -> None:
-    """Print what the finished cells say together."""
-    done = {cell.name: kept for cell in grid() if (kept := results.result(cell)) is not None}
-    print("accuracy on the test rows (dolly: loss), mean over seeds; differences with 95 % paired")
-    print("intervals over the test rows, of these trainings and no others")
-    print("\n".join(sentences(done)))
-    if options.markdown:
-        print(markdown(done))
-    if options.json:
-        count = {"cells": len(grid()), "done": len(done)}
-        print(json.dumps({"machine": machine(*PACKAGES), **count, **figures(done)}))
-
-
 def main() -> None:
     """Read the options, run what is missing and report."""
     parser = grid_options(__doc__, "out/benchmarks/federation")
@@ -72,7 +58,9 @@ def main() -> None:
             tune(results, cells)
         else:
             work_through(results, cells)
-            report(results, options)
+            print("accuracy (dolly: loss) on the test rows, mean over seeds; differences with 95 %")
+            print("paired intervals over the test rows, of these trainings and no others")
+            report_cells(results, grid(), options, PACKAGES, tables)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import json
 import numpy as np
 from federation_grid.cells import TASKS, Cell, Grid, grid
 from federation_grid.tables import checks, compare, figures, markdown
-from reporting import choose, grid_options, machine, results_folder, show, work_through
+from reporting import choose, finished, grid_options, machine, results_folder, show, work_through
 
 from fedward.plan import Plan
 
@@ -41,7 +41,7 @@ def short_demo(plan: Plan) -> Plan:
 
 def report(results: Grid, options: argparse.Namespace) -> None:
     """Print what the finished cells say together."""
-    cells = {cell.name: found for cell in grid() if (found := results.result(cell)) is not None}
+    cells = finished(results, grid())
     pairs = [(task, private) for task in TASKS for private in (True, False)]
     comparisons = [c for pair in pairs if (c := compare(*pair, cells)) is not None]
     held = {

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -112,7 +112,7 @@ class Grid:
         Raises:
             ConfigurationError: It was of another plan.
         """
-        return kept_result(self._folder / f"{cell.name}.json", self.plan(cell))
+        return kept_result(self._folder / f"{cell.name}.json", partial(self.plan, cell))
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Run and evaluate one cell and keep what came of it."""

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -50,6 +50,26 @@ class Named(Protocol):
 C = TypeVar("C", bound=Named)
 
 
+Done = Mapping[str, Mapping[str, Any]]
+"""Name of a finished cell to what was found."""
+
+
+class Tables(Protocol):
+    """A grid's module of tables."""
+
+    def sentences(self, done: Done) -> list[str]:
+        """What there is to say, by lines."""
+        ...
+
+    def markdown(self, done: Done) -> str:
+        """Tables for docs/benchmarks.md."""
+        ...
+
+    def figures(self, done: Done) -> dict[str, Any]:
+        """Figures by name, for JSON."""
+        ...
+
+
 class Results(Protocol[C_contra]):
     """The kept results of a grid."""
 
@@ -81,8 +101,12 @@ def choose(cells: Sequence[C], patterns: str, seeds: str | None) -> list[C]:
     return [cell for cell in cells if cell.name in chosen]
 
 
-def kept_result(path: Path, plan: Plan) -> dict[str, Any] | None:
+def kept_result(path: Path, plan: Callable[[], Plan]) -> dict[str, Any] | None:
     """What a finished cell's file holds, or None.
+
+    Args:
+        path: The file.
+        plan: Today's plan of the cell; an open cell needs neither its model nor its data for that.
 
     Raises:
         ConfigurationError: It was of another plan.
@@ -90,7 +114,7 @@ def kept_result(path: Path, plan: Plan) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found["plan"] != plan.hash().hex():
+    if found["plan"] != plan().hash().hex():
         raise ConfigurationError(
             f"{path}: of another plan than today's; remove that task's files or choose another "
             "--out"
@@ -113,6 +137,28 @@ def show(results: Results[C], cells: Sequence[C]) -> None:
     """Say which cells are done."""
     for cell in cells:
         print(f"{'done' if results.result(cell) else 'open'} {cell.name}")
+
+
+def finished(results: Results[C], cells: Sequence[C]) -> dict[str, dict[str, Any]]:
+    """Name to what was found, of every cell that is done."""
+    return {cell.name: kept for cell in cells if (kept := results.result(cell)) is not None}
+
+
+def report_cells(
+    results: Results[C],
+    cells: Sequence[C],
+    options: argparse.Namespace,
+    packages: Sequence[str],
+    tables: Tables,
+) -> None:
+    """Print what the finished cells say together: sentences, tables and figures as asked for."""
+    done = finished(results, cells)
+    print("\n".join(tables.sentences(done)))
+    if options.markdown:
+        print(tables.markdown(done))
+    if options.json:
+        count = {"cells": len(cells), "done": len(done)}
+        print(json.dumps({"machine": machine(*packages), **count, **tables.figures(done)}))
 
 
 @contextlib.contextmanager

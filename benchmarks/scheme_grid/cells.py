@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +150,7 @@ class Grid:
         Raises:
             ConfigurationError: It was of another plan.
         """
-        return kept_result(self._folder / f"{cell.name}.json", self.plan(cell))
+        return kept_result(self._folder / f"{cell.name}.json", partial(self.plan, cell))
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train and evaluate one cell and keep what came of it."""

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,7 +167,7 @@ class Grid:
         Raises:
             ConfigurationError: It was of another plan.
         """
-        return kept_result(self._folder / f"{cell.name}.json", self._plan(cell))
+        return kept_result(self._folder / f"{cell.name}.json", partial(self._plan, cell))
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Do one cell and keep what came of it."""

@@ -16,7 +16,7 @@ Guarantees:
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -64,18 +64,31 @@ def groups_of(
     return tuple(tuple(sorted(order[first :: cohort.groups])) for first in range(cohort.groups))
 
 
-def read_dealt(found: object, roster: Roster) -> Group:
-    """The sites that a coordinator says it has dealt: ids of the roster, ascending.
+def read_ids(found: object, known: Iterable[int], what: str) -> Group:
+    """Site ids out of JSON: known ones, ascending.
+
+    Args:
+        found: What JSON had.
+        known: The ids that there may be.
+        what: What a refusal calls them.
 
     Raises:
         ProtocolError: They are not that.
     """
-    known = {member.id for member in roster.members}
     if not isinstance(found, list) or not all(type(site) is int for site in found):
-        raise ProtocolError("the sites dealt to groups are not a list of ids")
-    if found != sorted(known.intersection(found)):
-        raise ProtocolError("the sites dealt to groups are not ascending ids of the roster")
+        raise ProtocolError(f"the {what} is not a list of ids")
+    if found != sorted(set(known).intersection(found)):
+        raise ProtocolError(f"the {what} is not ascending ids of the roster or group")
     return tuple(found)
+
+
+def read_dealt(found: object, roster: Roster) -> Group:
+    """The sites that a coordinator says it has dealt to groups.
+
+    Raises:
+        ProtocolError: They are not ids of the roster, ascending.
+    """
+    return read_ids(found, [member.id for member in roster.members], "deal of sites to groups")
 
 
 def group_of(cohort: Cohort, roster: Roster, attempt: Attempt, dealt: bytes, site: int) -> Group:

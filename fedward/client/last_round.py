@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedward.aggregation.groups import FEWEST, Group, groups_of, middle, read_dealt
+from fedward.aggregation.groups import FEWEST, Group, groups_of, middle, read_dealt, read_ids
 from fedward.aggregation.packing import check_mean, unpack
 from fedward.aggregation.parameters import SessionParameters
 from fedward.aggregation.planned import planned_session
@@ -53,16 +53,17 @@ def read_cohorts(
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("the published cohort is not JSON") from error
+    everybody = [member.id for member in roster.members]
     if plan.cohort.groups == 1:
-        return [((), read_cohort(found, [member.id for member in roster.members], plan))]
+        return [((), read_cohort(found, everybody, plan))]
     if not isinstance(found, list) or len(found) < 1 + FEWEST:
         raise ProtocolError(f"the published cohorts are not those of {FEWEST} groups or more")
     dealt, *found = found
     groups = groups_of(plan.cohort, roster, attempt, read_dealt(dealt, roster))
     cohorts, left = list[tuple[Group, Cohort]](), iter(groups)
     for each in found:  # in the order of the groups, of which some may have no sum
-        known = _ids(each)
-        group = next((group for group in left if set(known) <= set(group)), ())
+        cohort = read_ids(each, everybody, "published cohort")
+        group = next((group for group in left if set(cohort) <= set(group)), ())
         cohorts.append((group, read_cohort(each, group, plan)))
     return cohorts
 
@@ -85,18 +86,10 @@ def read_cohort(found: object, known: Iterable[int], plan: Plan) -> Cohort:
     Raises:
         ProtocolError: It is not that.
     """
-    cohort = _ids(found)
-    if cohort != tuple(sorted(set(known).intersection(cohort))):
-        raise ProtocolError("the published cohort is not ascending ids of the roster or group")
+    cohort = read_ids(found, known, "published cohort")
     if len(cohort) < plan.cohort.minimum:
         raise ProtocolError("the published cohort is smaller than the minimum")
     return cohort
-
-
-def _ids(found: object) -> Cohort:
-    if not isinstance(found, list) or not all(type(site) is int for site in found):
-        raise ProtocolError("the published cohort is not a list of ids")
-    return tuple(found)
 
 
 def check_first(attempt: Attempt, adapter: bytes) -> None:

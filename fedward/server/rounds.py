@@ -36,17 +36,11 @@ from fedward.server.summed import Mean, Summed, checked_mean
 from fedward.server.suspects import proven
 from fedward.tuning.vector import (
     Layout,
-    Vector,
     layout_to_bytes,
     moments_of,
     replace_vector,
     vector_of,
 )
-
-_Sum = tuple[SumResult, Vector]
-"""A session's sum, and the basis that a second pass was asked for."""
-
-_NO_BASIS = np.zeros(0, dtype=np.float32)
 
 _EXTRA_ATTEMPTS = 3
 """Attempts at one round in one go beyond the plan's spare rounds, for those that cost nothing."""
