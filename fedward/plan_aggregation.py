@@ -39,7 +39,8 @@ class Cohort:
 class Aggregation:
     """``[aggregation]``: what is summed and how it becomes the next adapter.
 
-    The keys from ``optimizer`` on are those of :mod:`fedward.aggregation.server_optimizer`.
+    The keys from ``optimizer`` to ``tau`` are those of
+    :mod:`fedward.aggregation.server_optimizer`.
 
     Args:
         scheme: ``fedavg`` (every trainable tensor), ``ffa`` (LoRA's A frozen and orthonormal),
@@ -56,6 +57,9 @@ class Aggregation:
         beta_1: Decay of the first moment, 0 <= beta_1 < 1; not for ``none``.
         beta_2: Decay of the second moment, 0 <= beta_2 < 1; for ``adam`` and ``yogi``.
         tau: What is added to the root of the second moment, 1e-9 to 1; not for ``momentum``.
+        coordinates: Share of an update's numbers that each round sends, 0.001 to 1; with ``fedavg``
+            and ``ffa``. The rounds take turns, by a public draw, so that about ``1 / coordinates``
+            rounds send each number once; what is not sent stays as it is.
     """
 
     scheme: Literal["fedavg", "ffa", "alternating", "sketch", "sketch-once"] = "fedavg"
@@ -67,6 +71,7 @@ class Aggregation:
     beta_1: float = 0.9
     beta_2: float = 0.99
     tau: float = 1e-3
+    coordinates: float = field(default=1.0, metadata={typed_toml.LATER: True})
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -83,6 +88,11 @@ class Aggregation:
         require(steady or self.optimizer == "none", "optimizer", self.optimizer, allowed)
         allowed = f"1 with {self.scheme!r}"  # a product is not linear in its factors
         require(not sketched or rate == 1, "server_learning_rate", rate, allowed)
+        share = self.coordinates
+        require(1e-3 <= share <= 1, "coordinates", share, "0.001 to 1")
+        # Products need both factors whole, and a cycle of rounds the same tensors in each of them.
+        whole = share == 1 or self.scheme in {"fedavg", "ffa"}
+        require(whole, "coordinates", share, f"1 with {self.scheme!r}")
         for name, weight in (self.weights or {}).items():
             holds = type(weight) is float and 1e-9 <= weight <= 1e9
             require(holds, f"weights.{name}", weight, "a number, 1e-9 to 1e9")

@@ -6,10 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedward.aggregation import two_pass
+from fedward.aggregation.coordinates import Sent, count_sent, draw_sent
 from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.planned import METRIC_SLOTS
 from fedward.aggregation.schemes import Layout, Vector, round_layout
-from fedward.aggregation.server_optimizer import Moments, next_state
+from fedward.aggregation.server_optimizer import Moments, next_part, next_state
 from fedward.aggregation.sketch import check_rebuilt, rebuild, sketch, sketched_words
 from fedward.aggregation.two_pass import Second, clip_of_second
 from fedward.attempt import Attempt
@@ -61,7 +62,7 @@ class Rule:
         if self.passes == 2:
             count = two_pass.words_of_second if self.again else two_pass.words_of_first
             return count(self.trained)
-        return sum(int(np.prod(shape, dtype=np.int64)) for _, shape in self.trained)
+        return count_sent(self._dimension, self.settings.coordinates)
 
     def to_send(self, update: Vector, basis: Vector | None = None) -> Vector:
         """What a site puts into the sum: L2 norm at most ``update_clip``, or its second pass's.
@@ -81,7 +82,8 @@ class Rule:
             clip = clip_of_second(clip)
         elif self.passes == 2:
             update = two_pass.first_pass(update, self.trained, self._key, clip)
-        return clip_update(update, clip)
+        update, sent = clip_update(update, clip), self._sent
+        return update if sent is None else update[sent]
 
     def basis(self, mean: npt.NDArray[np.float64]) -> Vector:
         """What the second pass asks of sites, from the mean of the first, for the coordinator."""
@@ -112,7 +114,7 @@ class Rule:
         """
         clip = self.settings.update_clip
         if self.recomputes:
-            return next_state(start, moments, mean, self.settings)
+            return self._next(start, moments, mean)
         if second is not None:
             return two_pass.rebuild(start, mean, self.trained, second), {}
         return rebuild(start, mean, self.trained, self._key, clip), {}
@@ -139,7 +141,7 @@ class Rule:
             ProtocolError: The published parameters are not what the mean gives, or are missing.
         """
         if self.recomputes:
-            return next_state(start, moments, mean, self.settings)
+            return self._next(start, moments, mean)
         if published is None:
             raise ProtocolError(f"a task of {self.settings.scheme!r} needs the adapter")
         if second is not None:
@@ -148,6 +150,23 @@ class Rule:
             clip = self.settings.update_clip
             check_rebuilt(start, mean, self.trained, self._key, clip, published)
         return published, {}
+
+    def _next(
+        self, start: Vector, moments: Moments, mean: npt.NDArray[np.float64]
+    ) -> tuple[Vector, dict[str, Vector]]:
+        if (sent := self._sent) is None:
+            return next_state(start, moments, mean, self.settings)
+        return next_part(start, moments, mean, self.settings, sent)
+
+    @property
+    def _dimension(self) -> int:
+        return sum(int(np.prod(shape, dtype=np.int64)) for _, shape in self.trained)
+
+    @property
+    def _sent(self) -> Sent | None:
+        """Which numbers the round sends; None: all."""
+        share = self.settings.coordinates
+        return None if share == 1 else draw_sent(self._dimension, share, self.attempt)
 
     @property
     def _key(self) -> bytes:

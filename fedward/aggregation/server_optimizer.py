@@ -5,6 +5,10 @@
 place. Everything is element-wise: float64 inside, float32 from round to round, so that a site that
 knows the sum computes the next adapter and the next moments bit for bit. Moments are functions of
 published sums, and cost no privacy.
+
+Where a round sends some numbers alone, the optimizer acts on these: the others and their moments
+stay as they are, as if there had been no round for them. Nothing else would be right: of a number
+that nobody sent, no mean is known, and to take it for 0 would let old moments move it on.
 """
 
 from collections.abc import Mapping
@@ -12,6 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from fedward.aggregation.coordinates import Sent
 from fedward.aggregation.schemes import Vector, next_vector
 from fedward.errors import ProtocolError
 from fedward.plan_aggregation import Aggregation
@@ -54,10 +59,45 @@ def next_state(
     return vector, {"first": first.astype(np.float32), "second": second.astype(np.float32)}
 
 
+def next_part(
+    start: Vector, moments: Moments, mean: _Numbers, settings: Aggregation, sent: Sent
+) -> tuple[Vector, dict[str, Vector]]:
+    """As :func:`next_state`, of the numbers that a round has sent; the others stay.
+
+    Args:
+        start: ``(d,)`` float32.
+        moments: ``(d,)`` each; empty in the first round.
+        mean: ``(k,)`` float64: the mean of the numbers sent.
+        settings: The plan's ``[aggregation]``.
+        sent: ``(d,)``, True for ``k`` numbers.
+
+    Raises:
+        ProtocolError: As of :func:`next_state`.
+    """
+    if any(moment.shape != start.shape for moment in moments.values()):
+        raise ProtocolError("the optimizer's moments do not fit the update")
+    before = {name: moment[sent] for name, moment in moments.items()}
+    part, now = next_state(start[sent], before, mean, settings)
+    rest = {name: np.full_like(start, _first(name, settings)) for name in now}
+    whole = {name: _with(moments.get(name, rest[name]), sent, now[name]) for name in now}
+    return _with(start, sent, part), whole
+
+
+def _with(vector: Vector, sent: Sent, part: Vector) -> Vector:
+    vector = vector.copy()
+    vector[sent] = part
+    return vector
+
+
+def _first(name: str, settings: Aggregation) -> float:
+    """What a moment is before the first round: 0, and tau squared for the second."""
+    return settings.tau * settings.tau if name == "second" else 0.0
+
+
 def _numbers(moments: Moments, name: str, mean: _Numbers, settings: Aggregation) -> _Numbers:
-    """One moment in float64; in the first round 0, and tau squared for the second moment."""
+    """One moment in float64."""
     if not moments:
-        return np.full_like(mean, settings.tau * settings.tau if name == "second" else 0.0)
+        return np.full_like(mean, _first(name, settings))
     moment = moments[name].astype(np.float64)
     if moment.shape != mean.shape or (name == "second" and moment.min(initial=0.0) < 0):
         raise ProtocolError(f"the optimizer's {name} moment does not fit the update")

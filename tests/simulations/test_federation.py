@@ -147,6 +147,8 @@ def bytes_of_masked(federation: Federation, seen: Iterable[Message]) -> list[int
         {"scheme": "alternating"},
         {"scheme": "sketch-once"},
         {"optimizer": "adam"},
+        {"coordinates": 0.25, "optimizer": "adam"},
+        {"coordinates": 0.4, "scheme": "ffa"},
     ],
 )
 def test_every_rule_of_aggregation_on_real_updates(tmp_path, base, aggregation):
