@@ -67,7 +67,13 @@ class Rounds:
         optimizer: Local optimizer, new in every round: ``adamw`` or ``sgd``.
         proximal: FedProx's mu, >= 0: how hard local steps are pulled to the round's start (Li et
             al. 2020, arXiv 1812.06127). The pull follows clip and noise, and costs no privacy.
+        scaffold: Steps are corrected by control variates, so that sites whose patients differ drift
+            less apart in many local steps (SCAFFOLD, Karimireddy et al. 2020, arXiv 1910.06378).
+            The correction follows clip and noise: no privacy, and no byte more to send. With
+            ``sgd``, and schemes ``fedavg`` and ``ffa``.
         deadline: Longest time a stage of a round may take: a number with s, m or h.
+        participants: Each round asks so many sites of the roster, 3 to 5000, drawn by a public
+            rule; left out, everybody. Noise and cost are those of a plan that asks everybody.
         physical_batch: Most records in one backward pass, 1 to 4096, and never fewer than
             ``records_per_unit``; a site may allow less. Decides memory, not the update.
     """
@@ -80,8 +86,10 @@ class Rounds:
     spare: int = 2
     optimizer: Literal["adamw", "sgd"] = "adamw"
     proximal: float = 0.0
+    scaffold: bool = field(default=False, metadata={typed_toml.LATER: True})
     deadline: str = "60m"
     physical_batch: int = 64
+    participants: int | None = field(default=None, metadata={typed_toml.LATER: True})
 
     def __post_init__(self) -> None:
         """Check every limit."""
@@ -99,6 +107,9 @@ class Rounds:
         require(shape is not None, "deadline", self.deadline, "a number with s, m or h, like '60m'")
         batch = self.physical_batch
         require(1 <= batch <= 4096, "physical_batch", batch, "1 to 4096 records")
+        if self.participants is not None:
+            asked = self.participants
+            require(3 <= asked <= 5000, "participants", asked, "3 to 5000 sites, or left out")
 
     @property
     def deadline_seconds(self) -> int:
@@ -191,6 +202,8 @@ class Plan:
             self._check_pooled()
         if self.cohort.groups > 1:
             self._check_groups()
+        if self.rounds.scaffold:
+            self._check_scaffold()
 
     def _check_combinations(self) -> None:
         """Refuse what a section allows on its own, but not beside the others."""
@@ -208,6 +221,7 @@ class Plan:
         if data.split is not None:
             allowed = f"at least [cohort] minimum = {minimum}"
             require(data.split.sites >= minimum, "sites", data.split.sites, allowed)
+        self._check_participants()
         scheme, method = self.aggregation.scheme, self.tuner.method
         whole = not {"lora_A", "lora_B"} & {*self.tuner.personal}
         pairs = scheme == "fedavg" or (method in LORA and whole)
@@ -228,6 +242,19 @@ class Plan:
             holds = heaviest <= math.fsum(lighter[:unknown])
             require(holds, "weights", dict(self.aggregation.weights), allowed)
 
+    def _check_participants(self) -> None:
+        """Refuse a round that asks fewer sites than a sum, or each group's, needs."""
+        asked, cohort, split = self.rounds.participants, self.cohort, self.data.split
+        if asked is None:
+            return
+        allowed = f"at least [cohort] minimum = {cohort.minimum}"
+        if cohort.groups > 1:
+            allowed += f" for each of {cohort.groups} groups"
+        require(asked >= cohort.minimum * cohort.groups, "participants", asked, allowed)
+        if split is not None:
+            allowed = f"at most [data] split.sites = {split.sites}"
+            require(asked <= split.sites, "participants", asked, allowed)
+
     def _check_groups(self) -> None:
         """Refuse what a median over groups has no meaning for."""
         scheme, groups = self.aggregation.scheme, self.cohort.groups
@@ -235,6 +262,29 @@ class Plan:
         require(self.mode == "local", "groups", groups, "1 in mode 'pooled'")
         require(linear, "groups", groups, f"1 with {scheme!r}: its sums are no parameters")
         require(self.aggregation.weights is None, "groups", groups, "1 beside weights")
+
+    def _check_scaffold(self) -> None:
+        """Refuse what control variates have no meaning for, or would be wrong beside."""
+        rounds, scheme, method = self.rounds, self.aggregation.scheme, self.tuner.method
+        length, groups = rounds.steps * rounds.learning_rate, self.cohort.groups
+        share = self.aggregation.coordinates
+        for holds, key, value, allowed in (
+            (self.mode == "local", "mode", self.mode, "'local'"),
+            # An update is a sum of gradients under plain steps alone.
+            (rounds.optimizer == "sgd", "optimizer", rounds.optimizer, "'sgd'"),
+            (method != "lora+", "method", method, "another than 'lora+', which has two rates"),
+            (rounds.proximal == 0, "proximal", rounds.proximal, "0"),
+            # The sum of all control variates is known from the mean of all updates alone.
+            (scheme in {"fedavg", "ffa"}, "scheme", scheme, "'fedavg' or 'ffa'"),
+            (share == 1, "coordinates", share, "1"),
+            (groups == 1, "groups", groups, "1, because a median is no mean"),
+            # An adapter of the coordinator's own training has none.
+            (self.fallback is None, "fallback", self.fallback, "none"),
+            (not self.tuner.personal, "personal", list(self.tuner.personal), "none"),
+            # Far from where float32 ends.
+            (1e-9 <= length <= 1e9, "steps * learning_rate", length, "1e-9 to 1e9"),
+        ):
+            require(holds, key, value, f"{allowed} beside scaffold")
 
     def after_fallback(self, adapter: str) -> "Plan":
         """The plan as sites approve it once the coordinator's own training made an adapter.
@@ -267,6 +317,8 @@ class Plan:
             (scheme in {"fedavg", "ffa"}, "scheme", scheme, "'fedavg' or 'ffa'"),
             (aggregation.word_bits == 32, "word_bits", aggregation.word_bits, "32"),
             (aggregation.weights is None, "weights", aggregation.weights, "none"),
+            # What bounds a unit in a rounded, noised step is shown for whole gradients alone.
+            (aggregation.coordinates == 1, "coordinates", aggregation.coordinates, "1"),
         ):
             require(holds, key, value, f"{allowed} in mode 'pooled'")
 

@@ -21,10 +21,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fedward.aggregation.participants import asked_sites, drawn
 from fedward.attempt import Attempt
-from fedward.canonical import digest
 from fedward.errors import InvalidValue, ProtocolError
 from fedward.identity import Roster
+from fedward.plan import Plan
 from fedward.plan_aggregation import Cohort
 
 FEWEST = 3
@@ -55,13 +56,17 @@ def groups_of(
     if cohort.groups == 1:
         return ((),)
     check_groups(cohort, len(dealt))
-    place = (attempt.run, attempt.round.to_bytes(4, "big"), roster.hash())
-
-    def drawn(site: int) -> bytes:
-        return digest("group", *place, site.to_bytes(4, "big"))
-
-    order = sorted(dealt, key=drawn)
+    order = drawn("group", dealt, roster, attempt)
     return tuple(tuple(sorted(order[first :: cohort.groups])) for first in range(cohort.groups))
+
+
+def read_dealt(found: object, asked: Iterable[int]) -> Group:
+    """The sites that a coordinator says it has dealt to groups.
+
+    Raises:
+        ProtocolError: They are not ids of sites that it may ask, ascending.
+    """
+    return read_ids(found, asked, "deal of sites to groups")
 
 
 def read_ids(found: object, known: Iterable[int], what: str) -> Group:
@@ -82,36 +87,31 @@ def read_ids(found: object, known: Iterable[int], what: str) -> Group:
     return tuple(found)
 
 
-def read_dealt(found: object, roster: Roster) -> Group:
-    """The sites that a coordinator says it has dealt to groups.
-
-    Raises:
-        ProtocolError: They are not ids of the roster, ascending.
-    """
-    return read_ids(found, [member.id for member in roster.members], "deal of sites to groups")
-
-
-def group_of(cohort: Cohort, roster: Roster, attempt: Attempt, dealt: bytes, site: int) -> Group:
+def group_of(plan: Plan, roster: Roster, attempt: Attempt, dealt: bytes, site: int) -> Group:
     """The group that a site is in; empty where the plan has none.
 
     Args:
-        cohort: The plan's.
+        plan: The frozen plan.
         roster: The pinned roster.
         attempt: Any at the round.
         dealt: What the task says of who is dealt: JSON.
         site: The site.
 
     Raises:
-        ProtocolError: It is not a list of ids of the roster, or the site is not in it.
-        InvalidValue: They are too few for the plan's groups.
+        ProtocolError: The attempt may not ask this site; or what is dealt is not a list of ids of
+            sites that it may ask, or the site is not in it.
+        InvalidValue: They are too few for the plan's groups, or the roster's for its participants.
     """
-    if cohort.groups == 1:
+    asked = asked_sites(plan, roster, attempt)
+    if site not in asked:
+        raise ProtocolError(f"this attempt's draw asks sites {list(asked)}, and not this one")
+    if plan.cohort.groups == 1:
         return ()
     try:
-        ids = read_dealt(json.loads(dealt), roster)
+        ids = read_dealt(json.loads(dealt), asked)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("the sites dealt to groups are not JSON") from error
-    for group in groups_of(cohort, roster, attempt, ids):
+    for group in groups_of(plan.cohort, roster, attempt, ids):
         if site in group:
             return group
     raise ProtocolError("this site is asked, and in none of the groups")

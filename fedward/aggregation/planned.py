@@ -2,6 +2,7 @@
 
 from fedward.aggregation.fixed_point import Grid
 from fedward.aggregation.parameters import SessionParameters, Slot
+from fedward.aggregation.participants import asked_sites
 from fedward.aggregation.rotation import rotated_grid
 from fedward.aggregation.shared_noise import noisy_grid
 from fedward.aggregation.two_pass import clip_of_second
@@ -34,17 +35,22 @@ def planned_session(
 
     Args:
         plan: The frozen plan.
-        roster: The pinned roster; its size is the most sites that a sum can have.
+        roster: The pinned roster; who is asked of it are the most sites that a sum can have.
         attempt: Run, round, session, attempt.
         task_hash: What the updates start from, 32 bytes.
         dimension: Coordinates of an update.
-        group: Of a plan with groups: the one that the session is of.
+        group: Of a plan with groups: the one that the session is of. Without them, the sites that
+            the attempt's draw asks are the group of a plan with participants.
         cohort: In a second pass the survivors of the first; metrics have been in that one's sum.
 
     Raises:
-        InvalidValue: The plan's cohort, word size, weights or ranks do not fit the roster.
+        InvalidValue: The plan's cohort, participants, word size, weights or ranks do not fit the
+            roster.
     """
-    sites = len(group or roster.members)
+    asked = asked_sites(plan, roster, attempt)
+    sites = len(group or asked)
+    if plan.rounds.participants is not None and not cohort:
+        group = group or asked
     aggregation, metrics = plan.aggregation, plan.metrics
     if plan.cohort.minimum > sites:
         raise InvalidValue("minimum", plan.cohort.minimum, f"at most the {sites} sites there are")

@@ -229,6 +229,8 @@ class Agent:
             raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
         if Rule(settings=plan.aggregation, layout=layout, attempt=attempt).again:
             raise ProtocolError("a second pass has the update of the first, and no task")
+        dealt = letter.parts.get("dealt", b"")
+        group = group_of(plan, self._roster, attempt, dealt, self._site)
         adapter = self._last_round.adapter(letter, plan, layout, fallen)
         check_first(attempt, adapter)
         draw = self._ledger.spent_in(attempt)
@@ -251,9 +253,7 @@ class Agent:
             attempt,
             task_hash=task_hash(adapter, plan.hash(), plan.aggregation.scheme),
             dimension=request.rule.words,
-            group=group_of(
-                plan.cohort, self._roster, attempt, letter.parts.get("dealt", b""), self._site
-            ),
+            group=group,
         )
         self._memory.keep_task(KeptTask(attempt=attempt, adapter=adapter, roster=self._roster))
         failpoints.hit("agent.kept")

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fedward.aggregation.control import next_control, split_control
 from fedward.aggregation.groups import FEWEST, Group, groups_of, middle, read_dealt, read_ids
 from fedward.aggregation.packing import check_mean, unpack
 from fedward.aggregation.parameters import SessionParameters
+from fedward.aggregation.participants import asked_sites
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.rules import Rule
 from fedward.aggregation.schemes import Vector
@@ -47,22 +49,22 @@ def read_cohorts(
 
     Raises:
         ProtocolError: It is not that.
-        InvalidValue: Too few were dealt for the plan's groups.
+        InvalidValue: Too few were dealt for the plan's groups, or are in the roster.
     """
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("the published cohort is not JSON") from error
-    everybody = [member.id for member in roster.members]
+    asked = asked_sites(plan, roster, attempt)
     if plan.cohort.groups == 1:
-        return [((), read_cohort(found, everybody, plan))]
+        return [((), read_cohort(found, asked, plan))]
     if not isinstance(found, list) or len(found) < 1 + FEWEST:
         raise ProtocolError(f"the published cohorts are not those of {FEWEST} groups or more")
     dealt, *found = found
-    groups = groups_of(plan.cohort, roster, attempt, read_dealt(dealt, roster))
+    groups = groups_of(plan.cohort, roster, attempt, read_dealt(dealt, asked))
     cohorts, left = list[tuple[Group, Cohort]](), iter(groups)
     for each in found:  # in the order of the groups, of which some may have no sum
-        cohort = read_ids(each, everybody, "published cohort")
+        cohort = read_ids(each, asked, "published cohort")
         group = next((group for group in left if set(cohort) <= set(group)), ())
         cohorts.append((group, read_cohort(each, group, plan)))
     return cohorts
@@ -292,7 +294,10 @@ class LastRound:
             rule.check_basis(mean, second.basis)
         given = letter.parts.get("adapter")
         published = None if given is None else vector_of(given, rule.trained)
-        vector, moments = rule.accept(start, moments_of(before), mean, published, second)
+        control, moments = split_control(moments_of(before))
+        vector, moments = rule.accept(start, moments, mean, published, second)
+        everybody = [site for _, cohort in cohorts for site in cohort]
+        moments |= next_control(control, mean, plan, roster, everybody)
         expected = replace_vector(before, rule.trained, vector, moments)
         if given is not None and given != expected:
             raise ProtocolError("the adapter is not what the published sum gives")

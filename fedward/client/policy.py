@@ -187,6 +187,8 @@ class Policy:
             yield f"{total} rounds with spares are above max_rounds = {self.max_rounds}"
         if cohort.minimum < self.minimum:
             yield f"a cohort of {cohort.minimum} is below minimum = {self.minimum}"
+        if self.every_sum and rounds.participants is not None:
+            yield "it would sit out rounds whose sums it cannot check, and every_sum is on"
         if cohort.colluders < self.colluders:
             yield f"{cohort.colluders} colluders are below colluders = {self.colluders}"
 

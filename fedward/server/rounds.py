@@ -16,8 +16,10 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from fedward import failpoints
+from fedward.aggregation.control import next_control, split_control
 from fedward.aggregation.groups import FEWEST, groups_of
 from fedward.aggregation.parameters import SessionParameters
+from fedward.aggregation.participants import asked_sites
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.published import SumResult
 from fedward.aggregation.rules import Rule
@@ -190,7 +192,9 @@ class RoundEngine:
         mean, second = summed.means(self._plan.aggregation.update_clip)
         before, rule = state.adapter, self._rule(summed.first.parameters.attempt)
         start = vector_of(before, rule.trained)
-        vector, moments = rule.advance(start, moments_of(before), mean, second)
+        control, moments = split_control(moments_of(before))
+        vector, moments = rule.advance(start, moments, mean, second)
+        moments |= next_control(control, mean, self._plan, self._roster, summed.first.cohort)
         if not all(np.isfinite(part).all() for part in (vector, *moments.values())):
             raise ProtocolError("the next adapter is not finite: lower server_learning_rate")
         return replace_vector(before, rule.trained, vector, moments), mean
@@ -305,14 +309,16 @@ class RoundEngine:
         """Whom an attempt asks at first, and who stays away unless so few are left."""
         cohort = self._plan.cohort
         colluders = max(1, cohort.colluders) * cohort.groups  # of each group
+        drawn = asked_sites(self._plan, self._roster, attempt)
+        sites = [site for site in self._nodes if site in drawn]
         out = proven(state.record.groups, colluders)
         away = state.record.away(
-            self._nodes,
+            sites,
             minimum=cohort.minimum * cohort.groups,
             colluders=colluders,
             number=attempt.round,
         )
-        return sorted(site for site in self._nodes if site not in out | away), away
+        return sorted({*sites} - out - away), away.intersection(sites)
 
     def _invite(
         self,
@@ -334,6 +340,9 @@ class RoundEngine:
         whole = {**short, "adapter": state.adapter}
         enough = state.holders if self._rule(attempt).recomputes else frozenset[int]()
         parts = {site: short if site in enough else whole for site in self._nodes}
+        if self._plan.rounds.scaffold:  # from which of its updates a control variate goes on
+            for site in state.counted.keys() & parts.keys():
+                parts[site] = {**parts[site], "counted": canonical_json(state.counted[site])}
         minimum = self._plan.cohort.minimum * min(self._plan.cohort.groups, FEWEST)
         self._sessions.record(attempt, Phase.INVITED, {"sites": todo})
         ready, refused = self._sessions.ask(grid, attempt, "task", {s: parts[s] for s in todo})
@@ -353,7 +362,9 @@ class RoundEngine:
                 message += _BEHIND
             hope = stale | {s for s, why in refused.items() if why == SILENT}
             hope |= state.holders & refused.keys()  # they may have lacked the adapter
-            raise (CohortTooSmall if len(ready) + len(hope) >= minimum else _NoHope)(message)
+            others = self._plan.rounds.participants is not None  # whom the next attempt asks
+            again = others or len(ready) + len(hope) >= minimum
+            raise (CohortTooSmall if again else _NoHope)(message)
         return sorted(ready)
 
     def _name(self, site: int) -> str:

@@ -26,6 +26,7 @@ NINE = Roster(
     ),
 )
 THREE = Cohort(minimum=3, colluders=1, groups=3)
+PLANNED = dataclasses.replace(PLAN, cohort=THREE)
 ALL = range(11)
 SAID = canonical_json(list(ALL))
 
@@ -39,7 +40,7 @@ def test_every_site_is_in_one_group_and_sizes_differ_by_one():
         groups = groups_of(THREE, NINE, at(number), ALL)
         assert sorted(site for group in groups for site in group) == list(range(11))
         assert sorted(map(len, groups)) == [3, 4, 4]
-        assert all(group_of(THREE, NINE, at(number), SAID, site) in groups for site in range(11))
+        assert all(group_of(PLANNED, NINE, at(number), SAID, site) in groups for site in range(11))
 
 
 def test_rounds_are_dealt_anew_and_attempts_are_not():
@@ -54,9 +55,9 @@ def test_who_stays_away_is_in_no_group():
     some = [site for site in ALL if site not in {3, 7}]
     groups = groups_of(THREE, NINE, at(1), some)
     assert sorted(site for group in groups for site in group) == some
-    assert group_of(THREE, NINE, at(1), canonical_json(some), 4) in groups
+    assert group_of(PLANNED, NINE, at(1), canonical_json(some), 4) in groups
     with pytest.raises(ProtocolError, match="in none of the groups"):
-        group_of(THREE, NINE, at(1), canonical_json(some), 3)
+        group_of(PLANNED, NINE, at(1), canonical_json(some), 3)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +65,13 @@ def test_who_stays_away_is_in_no_group():
 )
 def test_who_is_dealt_is_read_strictly(said):
     with pytest.raises(ProtocolError):
-        group_of(THREE, NINE, at(1), said, 0)
+        group_of(PLANNED, NINE, at(1), said, 0)
 
 
 def test_two_sites_meet_as_often_as_chance_says():
     """Three groups of 4, 4 and 3 of 11 sites: a pair meets with probability 15/55."""
     met = sum(
-        group_of(THREE, NINE, at(n), SAID, 0) == group_of(THREE, NINE, at(n), SAID, 1)
+        group_of(PLANNED, NINE, at(n), SAID, 0) == group_of(PLANNED, NINE, at(n), SAID, 1)
         for n in range(1, 601)
     )
     expected, deviation = 600 * 15 / 55, (600 * 15 / 55 * 40 / 55) ** 0.5
@@ -80,7 +81,7 @@ def test_two_sites_meet_as_often_as_chance_says():
 
 def test_without_groups_everybody_is_one():
     assert groups_of(Cohort(), NINE, at(1), ALL) == ((),)
-    assert group_of(Cohort(), NINE, at(1), b"", 4) == ()
+    assert group_of(PLAN, NINE, at(1), b"", 4) == ()
 
 
 def test_a_roster_that_is_too_small_is_refused_with_what_would_do():
