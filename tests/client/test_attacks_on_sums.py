@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedward.aggregation.planned import planned_session
+from fedward.aggregation.tally import Tally
+from fedward.aggregation.transcript import task_hash
 from fedward.attempt import Attempt
 from fedward.canonical import canonical_json
 from fedward.client.narrow import narrowed
@@ -14,7 +17,7 @@ from fedward.errors import DataError, ModelError, SiteCode
 from fedward.plan_aggregation import Aggregation
 from fedward.plan_gate import Gate
 from fedward.tuning.vector import dimension, replace_vector
-from tests.client.desk import PLAN, RUN, Desk
+from tests.client.desk import LAYOUT, PLAN, RUN, START, Desk
 
 SKETCH = dataclasses.replace(PLAN, aggregation=Aggregation(scheme="sketch"))
 GATED = dataclasses.replace(PLAN, gate=Gate(data="x"))
@@ -40,6 +43,22 @@ def make_desk(tmp_path):
 
 def everybody(desk: Desk, attempt: Attempt) -> None:
     assert {desk.task(attempt, site) for site in desk.agents} == {READY}
+
+
+# --- a part of the update, and no other
+
+
+def test_a_session_for_more_than_the_plan_s_share_is_refused(make_desk):
+    half = dataclasses.replace(PLAN, aggregation=Aggregation(coordinates=0.5))
+    desk = make_desk(plan=half)
+    everybody(desk, at(1))
+    whole = {"message": desk.tally(at(1)).request()}  # the desk plans for all numbers
+    assert desk.ask("hello", at(1), 0, whole)[0] is REFUSED
+    hashed = task_hash(START, half.hash(), "fedavg")
+    size = dimension(LAYOUT) // 2
+    asked = planned_session(half, desk.roster, at(1), task_hash=hashed, dimension=size)
+    message = {"message": Tally(parameters=asked, roster=desk.roster).request()}
+    assert desk.ask("hello", at(1), 1, message)[0] is SiteCode.DONE, "control"
 
 
 # --- one update, one first pass

@@ -1,0 +1,123 @@
+"""Federations whose rounds send a part of the update: bytes, the mean to the bit, and the cost."""
+
+import math
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from fedward.aggregation.coordinates import draw_sent
+from fedward.aggregation.groups import middle
+from fedward.aggregation.packing import unpack
+from fedward.aggregation.planned import planned_session
+from fedward.aggregation.rules import masked_bytes
+from fedward.errors import InvalidValue
+from fedward.plan_aggregation import Aggregation, Cohort
+from fedward.server.store import Phase
+from fedward.tuning.tuned import tuned_model
+from fedward.tuning.vector import vector_of
+from tests.simulations import tiny
+from tests.simulations.test_federation import VICTIM, Accident, bytes_of_masked
+
+WEIGHTS = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 2.0}
+ROUNDS = tiny.make_rounds(count=4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"word_bits": 32, "weights": WEIGHTS},
+        {"word_bits": 16, "update_clip": 0.5},
+        {"scheme": "ffa", "server_learning_rate": 0.5},
+    ],
+    ids=["weights", "16-bit", "ffa"],
+)
+def test_four_rounds_of_a_quarter_with_a_dropout(tmp_path, base, settings):
+    """The mean on the drawn numbers, the old ones elsewhere; after the cycle each was sent once."""
+    plan = tiny.make_plan(
+        base,
+        aggregation=Aggregation(coordinates=0.25, **settings),
+        cohort=Cohort(minimum=3, colluders=0),
+        rounds=ROUNDS,
+    )
+    trainers, seen = tiny.recorders(tiny.make_sites(4)), list[Message]()
+    federation = tiny.make_federation(
+        tmp_path, plan, trainers, fault=Accident("masked"), watch=seen.append
+    )
+    adapter = federation.run(tiny.reviving(federation))
+    assert tiny.cohorts(tmp_path)[0] == [0, 2, 3], f"site {VICTIM} died in round 1"
+    layout = tuned_model(plan).layout
+    vector = vector_of(tuned_model(plan).start, layout)
+    size, times = len(vector), np.zeros(len(vector), dtype=int)
+    words, rate = math.ceil(size / 4), plan.aggregation.server_learning_rate
+    sent_bytes = words * plan.aggregation.word_bits // 8
+    assert masked_bytes(plan, layout) == (sent_bytes, sent_bytes)
+    assert set(bytes_of_masked(federation, seen)) == {sent_bytes}
+    for attempt, facts in tiny.facts_of(tmp_path, Phase.COMMITTED):
+        parameters = planned_session(
+            plan, federation.roster, attempt, task_hash=bytes(32), dimension=words
+        )
+        data = np.frombuffer(tiny.blob(tmp_path, facts["sum"]), dtype=parameters.grid.dtype)
+        total, _ = unpack(data, parameters)
+        sent = draw_sent(size, 0.25, attempt)
+        updates = tiny.plain_updates(federation, trainers, attempt, facts["cohort"])
+        shares = [parameters.share(site) for site in facts["cohort"]]
+        plain = np.sum([s * u.astype(float) for s, u in zip(shares, updates, strict=True)], axis=0)
+        error = np.linalg.norm(total - plain)
+        assert error < 2 * parameters.grid.gamma * math.sqrt(words * len(updates) / 6)
+        assert np.linalg.norm(total - plain + updates[0]) > 50 * error, "negative control"
+        mean = total / math.fsum(shares)
+        vector[sent] = (vector[sent].astype(np.float64) + rate * mean).astype(np.float32)
+        times += sent
+        assert np.array_equal(vector_of(tiny.blob(tmp_path, facts["adapter"]), layout), vector)
+    assert np.array_equal(vector_of(adapter, layout), vector)
+    assert times.min() == 1
+    assert times.sum() == 4 * words
+    assert {len(result.update) for result in trainers["a"].results} == {size}, "all are trained"
+
+
+def test_a_part_costs_what_the_whole_costs(tmp_path, base):
+    found = []
+    for share in (1.0, 0.25):
+        folder = tmp_path / str(share)
+        plan = tiny.make_plan(base, aggregation=Aggregation(coordinates=share))
+        federation = tiny.make_federation(folder, plan, tiny.recorders(tiny.make_sites(4)))
+        federation.run()
+        epsilons = [federation.epsilon_spent(name) for name in federation.names]
+        found.append((epsilons, [tiny.sent(folder, site) for site in range(4)]))
+    assert found[0] == found[1]
+    assert found[0][0][0] > 0
+
+
+def test_groups_take_the_median_of_parts(tmp_path, base):
+    plan = tiny.make_plan(
+        base,
+        aggregation=Aggregation(coordinates=0.5),
+        cohort=Cohort(minimum=3, colluders=1, groups=3),
+        rounds=tiny.make_rounds(count=1),
+    )
+    trainers = tiny.recorders(tiny.make_sites(9))
+    federation = tiny.make_federation(tmp_path, plan, trainers)
+    adapter = federation.run()
+    ((attempt, facts),) = tiny.facts_of(tmp_path, Phase.COMMITTED)
+    layout, start = tuned_model(plan).layout, tuned_model(plan).start
+    before, after = vector_of(start, layout), vector_of(adapter, layout)
+    sent = draw_sent(len(before), 0.5, attempt)
+    assert np.array_equal(before[~sent], after[~sent])
+    means = [
+        np.mean(tiny.plain_updates(federation, trainers, attempt, group), axis=0, dtype=np.float64)
+        for group in facts["groups"][1:]
+    ]
+    moved = after[sent].astype(np.float64) - before[sent]
+    assert np.abs(moved - middle(means)).max() < 1e-6
+    assert np.abs(moved - means[0]).max() > 1e-4, "control"
+
+
+def test_pooled_rounds_send_whole_gradients(base):
+    with pytest.raises(InvalidValue, match="coordinates"):
+        tiny.make_plan(
+            base,
+            mode="pooled",
+            rounds=tiny.make_rounds(optimizer="sgd"),
+            aggregation=Aggregation(coordinates=0.5),
+        )
