@@ -63,7 +63,9 @@ def draw_sent(dimension: int, share: float, attempt: Attempt) -> Sent:
     first, behind = part * count, (part + 1) * count % dimension
     ordered = np.partition(places, (first, behind))
     from_first, before_end = places >= ordered[first], places < ordered[behind]
-    return from_first & before_end if first < behind else from_first | before_end
+    # The last part of a cycle goes on with the first numbers.
+    sent: Sent = from_first & before_end if first < behind else from_first | before_end
+    return sent
 
 
 def _places(key: bytes, dimension: int) -> npt.NDArray[np.uint64]:

@@ -155,7 +155,7 @@ def test_an_optimizer_acts_on_what_was_sent_alone(kind):
         mine = [n for n in range(8) if draw_sent(D, 0.25, attempt(n + 1))[place]]
         assert len(mine) == 2
         alone, kept = start[place : place + 1], dict[str, npt.NDArray[np.float32]]()
-        plain = Aggregation(**settings)  # type: ignore[arg-type]  # a test's
+        plain = Aggregation(**settings)
         for number in mine:
             alone, kept = next_state(alone, kept, means[number, place : place + 1], plain)
         assert alone[0] == vector[place]

@@ -105,7 +105,9 @@ def test_groups_take_the_median_of_parts(tmp_path, base):
     sent = draw_sent(len(before), 0.5, attempt)
     assert np.array_equal(before[~sent], after[~sent])
     means = [
-        np.mean(tiny.plain_updates(federation, trainers, attempt, group), axis=0, dtype=np.float64)
+        np.stack(tiny.plain_updates(federation, trainers, attempt, group))
+        .astype(float)
+        .mean(axis=0)
         for group in facts["groups"][1:]
     ]
     moved = after[sent].astype(np.float64) - before[sent]
