@@ -69,8 +69,8 @@ class Rounds:
             al. 2020, arXiv 1812.06127). The pull follows clip and noise, and costs no privacy.
         scaffold: Steps are corrected by control variates, so that sites whose patients differ drift
             less apart in many local steps (SCAFFOLD, Karimireddy et al. 2020, arXiv 1910.06378).
-            The correction follows clip and noise: no privacy, and no byte more to send. With
-            ``sgd``, and schemes ``fedavg`` and ``ffa``.
+            The correction follows clip and noise: it costs no privacy, and no byte more to send.
+            With ``sgd``, and schemes ``fedavg`` and ``ffa``.
         deadline: Longest time a stage of a round may take: a number with s, m or h.
         participants: Each round asks so many sites of the roster, 3 to 5000, drawn by a public
             rule; left out, everybody. Noise and cost are those of a plan that asks everybody.

@@ -171,6 +171,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("rounds", "learning_rate", [0.0, -1.0, math.inf], POSITIVE),
     ("rounds", "optimizer", ["adam"], "one of 'adamw', 'sgd'"),
     ("rounds", "proximal", [-0.1, math.inf], "0 or more"),
+    ("rounds", "scaffold", [1, "yes"], "true or false"),
     ("rounds", "deadline", ["", "60", "0m", "-5m", "1d", "1.5h", "12345678s"], "like '60m'"),
     ("rounds", "physical_batch", [0, 4097], "1 to 4096 records"),
     ("rounds", "participants", [0, 2, 5001], "3 to 5000 sites, or left out"),
@@ -493,6 +494,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"proximal": 0.1},
         {"physical_batch": 32},
         {"participants": 5},
+        {"scaffold": True},
     ],
     "cohort": [{"minimum": 5}, {"colluders": 1}, {"groups": 3}],
     "aggregation": [

@@ -40,6 +40,7 @@ from fedward.client.last_round import (
 from fedward.client.memory import KeptTask, SiteMemory
 from fedward.client.narrow import narrowed, own_rank, widened
 from fedward.client.policy import Policy
+from fedward.client.shared_variate import for_training, read_counted
 from fedward.client.training import Trainer, TrainRequest, TrainResult
 from fedward.errors import (
     FedwardError,
@@ -238,9 +239,10 @@ class Agent:
             plan=plan,
             attempt=attempt,
             draw=draw,
-            adapter=without_moments(adapter),
+            adapter=for_training(adapter, plan, self._roster),
             layout=layout,
             spent=self._ledger.spent(attempt.run),
+            counted=read_counted(letter, plan, self._ledger),
         )
         rank = own_rank(plan, self._roster.member(self._site).name)
         asked = narrowed(request, rank)

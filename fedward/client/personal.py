@@ -32,22 +32,22 @@ class PersonalParts:
         self._folder = folder
 
     def before(self, request: TrainRequest) -> State:
-        """The parts that the run's last update that left was trained with; none at its start.
+        """The parts that the update was trained with which the request goes on from, if any.
 
         Raises:
             ModelError: The file is damaged.
         """
-        path = self._path(request, request.spent)
+        path = self._path(request, request.basis)
         if path is not None and path.exists():
             return from_bytes(path.read_bytes())
-        if request.spent:
+        if request.basis:
             run = request.attempt.run
-            _LOG.warning("the personal parts of run %r are gone: they begin anew", run)
+            _LOG.warning("what this site kept of run %r is gone: it begins anew", run)
         return {}
 
     def keep(self, request: TrainRequest, parts: Mapping[str, Tensor]) -> None:
         """Keep what a training made, in case its update leaves; durable on return."""
-        path, before = (self._path(request, request.spent + more) for more in (1, 0))
+        path, before = (self._path(request, n) for n in (request.spent + 1, request.basis))
         if path is None:
             return
         make_private_folder(path.parent)

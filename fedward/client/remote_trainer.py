@@ -285,6 +285,7 @@ def _task(request: TrainRequest) -> wire.Task:
         draw=request.draw,
         layout=layout_to_bytes(request.layout),
         spent=request.spent,
+        counted=request.counted,
     )
 
 

@@ -17,6 +17,8 @@ from fedward.canonical import digest
 from fedward.client.codes import LIBRARY_ERRORS, safe_repr
 from fedward.client.metric_slots import metric_slots
 from fedward.client.personal import PersonalParts
+from fedward.client.scaffold import Variates
+from fedward.client.shared_variate import adapter_sizes
 from fedward.client.step_check import check_step
 from fedward.client.training import Scores, TrainRequest, TrainResult
 from fedward.errors import ConfigurationError, DataError, FedwardError, ModelError
@@ -125,6 +127,10 @@ class LocalTrainer:
         else:
             step = mechanism(plan)
             before_step = _stay_near(plan.rounds.proximal) if plan.rounds.proximal else None
+        variates = None
+        if plan.rounds.scaffold:
+            variates = Variates(request, self._personal.before(request))
+            before_step = variates.correct
         sent, own = {name for name, _ in request.trained}, personal(model, plan)
         if own:
             self._personal.put(model, self._personal.before(request))
@@ -146,6 +152,8 @@ class LocalTrainer:
             finite = np.isfinite(update).all() and np.isfinite(flatten(model)).all()
         if not finite:
             raise ModelError("training gave numbers that are not finite: lower learning_rate")
+        if variates is not None:
+            own = variates.after(update)
         if own:
             self._personal.keep(request, own)
         return TrainResult(update=update, slots=self._slots(plan, model, stream))
@@ -168,6 +176,11 @@ class LocalTrainer:
             ModelError: It is not there, or not the one that the plan names.
         """
         return tuned_model(self._here(plan), self._device)
+
+    def adapter_sizes(self, plan: Plan) -> tuple[int, ...]:
+        """Bytes that an adapter of the plan may have: under ``scaffold`` also with its variate."""
+        tuned = self.tuned(plan)
+        return adapter_sizes(plan, tuned.start, tuned.layout)
 
     def _here(self, plan: Plan) -> Plan:
         """The plan with the model's folder at this site in place of its path."""

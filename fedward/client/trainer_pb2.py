@@ -24,41 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64ward/client/trainer.proto\x12\x0e\x66\x65\x64ward.client\"H\n\x05\x41sked\x12$\n\x04task\x18\x01 \x01(\x0b\x32\x14.fedward.client.TaskH\x00\x12\x11\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"\xd3\x01\n\x04Task\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0f\n\x07session\x18\x04 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x0c\n\x04\x64raw\x18\x06 \x01(\r\x12\x0e\n\x06layout\x18\x07 \x01(\x0c\x12\x15\n\radapter_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07\x64\x61taset\x18\t \x01(\t\x12\x0e\n\x06source\x18\n \x01(\x0c\x12\x0c\n\x04keep\x18\x0b \x01(\x0c\x12\x0c\n\x04kept\x18\x0c \x01(\x0c\x12\r\n\x05spent\x18\r \x01(\r\"\xf4\x01\n\x06\x41nswer\x12*\n\x07\x66\x61ilure\x18\x01 \x01(\x0e\x32\x17.fedward.client.FailureH\x00\x12,\n\x08progress\x18\x02 \x01(\x0b\x32\x18.fedward.client.ProgressH\x00\x12(\n\x06vector\x18\x03 \x01(\x0b\x32\x16.fedward.client.VectorH\x00\x12\x0e\n\x04part\x18\x04 \x01(\x0cH\x00\x12(\n\x06scores\x18\x05 \x01(\x0b\x32\x16.fedward.client.ScoresH\x00\x12$\n\x04\x64one\x18\x06 \x01(\x0b\x32\x14.fedward.client.DoneH\x00\x42\x06\n\x04kind\"\x06\n\x04\x44one\"\x18\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\r\"<\n\x06Vector\x12\"\n\x04type\x18\x01 \x01(\x0e\x32\x14.fedward.client.Type\x12\x0e\n\x06length\x18\x02 \x01(\x04\"^\n\x06Scores\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08macro_f1\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x0b\n\t_accuracyB\x0b\n\t_macro_f1\"\x0f\n\rStatusRequest\"G\n\x0bStatusReply\x12*\n\x08\x61\x63tivity\x18\x01 \x01(\x0e\x32\x18.fedward.client.Activity\x12\x0c\n\x04step\x18\x02 \x01(\r\"\x0f\n\rCancelRequest\"\r\n\x0b\x43\x61ncelReply*@\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cTYPE_FLOAT32\x10\x01\x12\x10\n\x0cTYPE_FLOAT64\x10\x02*\xd8\x01\n\x07\x46\x61ilure\x12\x17\n\x13\x46\x41ILURE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46\x41ILURE_PLAN\x10\x01\x12\x11\n\rFAILURE_MODEL\x10\x02\x12\x10\n\x0c\x46\x41ILURE_DATA\x10\x03\x12\x13\n\x0f\x46\x41ILURE_PRIVACY\x10\x04\x12\x13\n\x0f\x46\x41ILURE_LIBRARY\x10\x05\x12\x10\n\x0c\x46\x41ILURE_BUSY\x10\x06\x12\x15\n\x11\x46\x41ILURE_CANCELLED\x10\x07\x12\x13\n\x0f\x46\x41ILURE_REQUEST\x10\x08\x12\x15\n\x11\x46\x41ILURE_FORGOTTEN\x10\t*\x7f\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x11\n\rACTIVITY_IDLE\x10\x01\x12\x16\n\x12\x41\x43TIVITY_PREPARING\x10\x02\x12\x15\n\x11\x41\x43TIVITY_TRAINING\x10\x03\x12\x17\n\x13\x41\x43TIVITY_EVALUATING\x10\x04\x32\xce\x02\n\x07Trainer\x12<\n\x07Prepare\x12\x15.fedward.client.Asked\x1a\x16.fedward.client.Answer(\x01\x30\x01\x12:\n\x05Train\x12\x15.fedward.client.Asked\x1a\x16.fedward.client.Answer(\x01\x30\x01\x12=\n\x08\x45valuate\x12\x15.fedward.client.Asked\x1a\x16.fedward.client.Answer(\x01\x30\x01\x12\x44\n\x06Status\x12\x1d.fedward.client.StatusRequest\x1a\x1b.fedward.client.StatusReply\x12\x44\n\x06\x43\x61ncel\x12\x1d.fedward.client.CancelRequest\x1a\x1b.fedward.client.CancelReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64ward/client/trainer.proto\x12\x0e\x66\x65\x64ward.client\"H\n\x05\x41sked\x12$\n\x04task\x18\x01 \x01(\x0b\x32\x14.fedward.client.TaskH\x00\x12\x11\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"\xf5\x01\n\x04Task\x12\x0c\n\x04plan\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0f\n\x07session\x18\x04 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x0c\n\x04\x64raw\x18\x06 \x01(\r\x12\x0e\n\x06layout\x18\x07 \x01(\x0c\x12\x15\n\radapter_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07\x64\x61taset\x18\t \x01(\t\x12\x0e\n\x06source\x18\n \x01(\x0c\x12\x0c\n\x04keep\x18\x0b \x01(\x0c\x12\x0c\n\x04kept\x18\x0c \x01(\x0c\x12\r\n\x05spent\x18\r \x01(\r\x12\x14\n\x07\x63ounted\x18\x0e \x01(\rH\x00\x88\x01\x01\x42\n\n\x08_counted\"\xf4\x01\n\x06\x41nswer\x12*\n\x07\x66\x61ilure\x18\x01 \x01(\x0e\x32\x17.fedward.client.FailureH\x00\x12,\n\x08progress\x18\x02 \x01(\x0b\x32\x18.fedward.client.ProgressH\x00\x12(\n\x06vector\x18\x03 \x01(\x0b\x32\x16.fedward.client.VectorH\x00\x12\x0e\n\x04part\x18\x04 \x01(\x0cH\x00\x12(\n\x06scores\x18\x05 \x01(\x0b\x32\x16.fedward.client.ScoresH\x00\x12$\n\x04\x64one\x18\x06 \x01(\x0b\x32\x14.fedward.client.DoneH\x00\x42\x06\n\x04kind\"\x06\n\x04\x44one\"\x18\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\r\"<\n\x06Vector\x12\"\n\x04type\x18\x01 \x01(\x0e\x32\x14.fedward.client.Type\x12\x0e\n\x06length\x18\x02 \x01(\x04\"^\n\x06Scores\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08macro_f1\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x0b\n\t_accuracyB\x0b\n\t_macro_f1\"\x0f\n\rStatusRequest\"G\n\x0bStatusReply\x12*\n\x08\x61\x63tivity\x18\x01 \x01(\x0e\x32\x18.fedward.client.Activity\x12\x0c\n\x04step\x18\x02 \x01(\r\"\x0f\n\rCancelRequest\"\r\n\x0b\x43\x61ncelReply*@\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cTYPE_FLOAT32\x10\x01\x12\x10\n\x0cTYPE_FLOAT64\x10\x02*\xd8\x01\n\x07\x46\x61ilure\x12\x17\n\x13\x46\x41ILURE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46\x41ILURE_PLAN\x10\x01\x12\x11\n\rFAILURE_MODEL\x10\x02\x12\x10\n\x0c\x46\x41ILURE_DATA\x10\x03\x12\x13\n\x0f\x46\x41ILURE_PRIVACY\x10\x04\x12\x13\n\x0f\x46\x41ILURE_LIBRARY\x10\x05\x12\x10\n\x0c\x46\x41ILURE_BUSY\x10\x06\x12\x15\n\x11\x46\x41ILURE_CANCELLED\x10\x07\x12\x13\n\x0f\x46\x41ILURE_REQUEST\x10\x08\x12\x15\n\x11\x46\x41ILURE_FORGOTTEN\x10\t*\x7f\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x11\n\rACTIVITY_IDLE\x10\x01\x12\x16\n\x12\x41\x43TIVITY_PREPARING\x10\x02\x12\x15\n\x11\x41\x43TIVITY_TRAINING\x10\x03\x12\x17\n\x13\x41\x43TIVITY_EVALUATING\x10\x04\x32\xce\x02\n\x07Trainer\x12<\n\x07Prepare\x12\x15.fedward.client.Asked\x1a\x16.fedward.client.Answer(\x01\x30\x01\x12:\n\x05Train\x12\x15.fedward.client.Asked\x1a\x16.fedward.client.Answer(\x01\x30\x01\x12=\n\x08\x45valuate\x12\x15.fedward.client.Asked\x1a\x16.fedward.client.Answer(\x01\x30\x01\x12\x44\n\x06Status\x12\x1d.fedward.client.StatusRequest\x1a\x1b.fedward.client.StatusReply\x12\x44\n\x06\x43\x61ncel\x12\x1d.fedward.client.CancelRequest\x1a\x1b.fedward.client.CancelReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedward.client.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TYPE']._serialized_start=897
-  _globals['_TYPE']._serialized_end=961
-  _globals['_FAILURE']._serialized_start=964
-  _globals['_FAILURE']._serialized_end=1180
-  _globals['_ACTIVITY']._serialized_start=1182
-  _globals['_ACTIVITY']._serialized_end=1309
+  _globals['_TYPE']._serialized_start=931
+  _globals['_TYPE']._serialized_end=995
+  _globals['_FAILURE']._serialized_start=998
+  _globals['_FAILURE']._serialized_end=1214
+  _globals['_ACTIVITY']._serialized_start=1216
+  _globals['_ACTIVITY']._serialized_end=1343
   _globals['_ASKED']._serialized_start=48
   _globals['_ASKED']._serialized_end=120
   _globals['_TASK']._serialized_start=123
-  _globals['_TASK']._serialized_end=334
-  _globals['_ANSWER']._serialized_start=337
-  _globals['_ANSWER']._serialized_end=581
-  _globals['_DONE']._serialized_start=583
-  _globals['_DONE']._serialized_end=589
-  _globals['_PROGRESS']._serialized_start=591
-  _globals['_PROGRESS']._serialized_end=615
-  _globals['_VECTOR']._serialized_start=617
-  _globals['_VECTOR']._serialized_end=677
-  _globals['_SCORES']._serialized_start=679
-  _globals['_SCORES']._serialized_end=773
-  _globals['_STATUSREQUEST']._serialized_start=775
-  _globals['_STATUSREQUEST']._serialized_end=790
-  _globals['_STATUSREPLY']._serialized_start=792
-  _globals['_STATUSREPLY']._serialized_end=863
-  _globals['_CANCELREQUEST']._serialized_start=865
-  _globals['_CANCELREQUEST']._serialized_end=880
-  _globals['_CANCELREPLY']._serialized_start=882
-  _globals['_CANCELREPLY']._serialized_end=895
-  _globals['_TRAINER']._serialized_start=1312
-  _globals['_TRAINER']._serialized_end=1646
+  _globals['_TASK']._serialized_end=368
+  _globals['_ANSWER']._serialized_start=371
+  _globals['_ANSWER']._serialized_end=615
+  _globals['_DONE']._serialized_start=617
+  _globals['_DONE']._serialized_end=623
+  _globals['_PROGRESS']._serialized_start=625
+  _globals['_PROGRESS']._serialized_end=649
+  _globals['_VECTOR']._serialized_start=651
+  _globals['_VECTOR']._serialized_end=711
+  _globals['_SCORES']._serialized_start=713
+  _globals['_SCORES']._serialized_end=807
+  _globals['_STATUSREQUEST']._serialized_start=809
+  _globals['_STATUSREQUEST']._serialized_end=824
+  _globals['_STATUSREPLY']._serialized_start=826
+  _globals['_STATUSREPLY']._serialized_end=897
+  _globals['_CANCELREQUEST']._serialized_start=899
+  _globals['_CANCELREQUEST']._serialized_end=914
+  _globals['_CANCELREPLY']._serialized_start=916
+  _globals['_CANCELREPLY']._serialized_end=929
+  _globals['_TRAINER']._serialized_start=1346
+  _globals['_TRAINER']._serialized_end=1680
 # @@protoc_insertion_point(module_scope)

@@ -60,7 +60,7 @@ class Asked(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., adapter: _Optional[bytes] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes", "dataset", "source", "keep", "kept", "spent")
+    __slots__ = ("plan", "run", "round", "session", "attempt", "draw", "layout", "adapter_bytes", "dataset", "source", "keep", "kept", "spent", "counted")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class Task(_message.Message):
     KEEP_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     SPENT_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
     plan: bytes
     run: str
     round: int
@@ -87,7 +88,8 @@ class Task(_message.Message):
     keep: bytes
     kept: bytes
     spent: int
-    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ..., dataset: _Optional[str] = ..., source: _Optional[bytes] = ..., keep: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., spent: _Optional[int] = ...) -> None: ...
+    counted: int
+    def __init__(self, plan: _Optional[bytes] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., draw: _Optional[int] = ..., layout: _Optional[bytes] = ..., adapter_bytes: _Optional[int] = ..., dataset: _Optional[str] = ..., source: _Optional[bytes] = ..., keep: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., spent: _Optional[int] = ..., counted: _Optional[int] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("failure", "progress", "vector", "part", "scores", "done")

@@ -9,7 +9,7 @@ import logging
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent import futures
 from functools import partial
 from pathlib import Path
@@ -193,7 +193,7 @@ class TrainerService(rpc.TrainerServicer):
     def _evaluate(self, asked: Iterator[wire.Asked]) -> Iterator[wire.Answer]:
         task, plan = _task(asked)
         trainer = self._trainer(plan, task)
-        scores = trainer.evaluate(plan, _adapter(asked, task, len(trainer.tuned(plan).start)))
+        scores = trainer.evaluate(plan, _adapter(asked, task, trainer.adapter_sizes(plan)))
         yield wire.Answer(
             scores=wire.Scores(loss=scores.loss, accuracy=scores.accuracy, macro_f1=scores.macro_f1)
         )
@@ -218,10 +218,10 @@ class TrainerService(rpc.TrainerServicer):
         )
         layout = layout_from_bytes(task.layout)
         trainer = self._trainer(plan, task)
-        (kept, self._kept), expected = (self._kept, None), len(trainer.tuned(plan).start)
+        (kept, self._kept), expected = (self._kept, None), trainer.adapter_sizes(plan)
         if not task.kept:
             adapter = _adapter(asked, task, expected)
-        elif kept is not None and (kept[0], len(kept[1])) == (task.kept, expected):
+        elif kept is not None and kept[0] == task.kept and len(kept[1]) in expected:
             adapter = kept[1]
         else:
             raise _Forgotten("a request means an adapter that this process does not keep")
@@ -235,6 +235,7 @@ class TrainerService(rpc.TrainerServicer):
             adapter=adapter,
             layout=layout,
             spent=task.spent,
+            counted=task.counted if task.HasField("counted") else None,
         )
 
 
@@ -273,12 +274,12 @@ def _task(asked: Iterator[wire.Asked]) -> tuple[wire.Task, Plan]:
     return first.task, from_json(first.task.plan)
 
 
-def _adapter(asked: Iterator[wire.Asked], task: wire.Task, expected: int) -> bytes:
-    """Read an adapter of exactly the size that the plan's model gives."""
-    if task.adapter_bytes != expected:
-        raise ModelError(
-            f"the task's adapter has {task.adapter_bytes} bytes, this site's model {expected}"
-        )
+def _adapter(asked: Iterator[wire.Asked], task: wire.Task, sizes: Collection[int]) -> bytes:
+    """Read an adapter of exactly a size that the plan's model gives."""
+    expected = task.adapter_bytes
+    if expected not in sizes:
+        model = " or ".join(map(str, sizes))
+        raise ModelError(f"the task's adapter has {expected} bytes, this site's model {model}")
     data = bytearray()
     for part in asked:
         if part.WhichOneof("kind") != "adapter" or len(data) + len(part.adapter) > expected:

@@ -27,6 +27,7 @@ class TrainRequest:
         adapter: The adapter's whole state as safetensors bytes.
         layout: The trainable tensors as the coordinator sees them; must be the trainer's own.
         spent: How many updates of the run have left before, for the site's personal parts.
+        counted: Under ``scaffold``: the number among those of the last that is in a committed sum.
     """
 
     plan: Plan
@@ -35,6 +36,12 @@ class TrainRequest:
     adapter: bytes
     layout: Layout
     spent: int = 0
+    counted: int | None = None
+
+    @property
+    def basis(self) -> int:
+        """The number of the update, from 1, whose kept parts this one goes on from; 0: of none."""
+        return self.spent if self.counted is None else self.counted
 
     @property
     def trained(self) -> Layout:

@@ -151,6 +151,12 @@ class Books:
         sent = frozenset[Order]() if state is None else state.sent
         return sum(order[:2] == attempt.order[:2] for order in sent)
 
+    def sent_number(self, attempt: Attempt) -> int:
+        """Which of its run's spent reservations an attempt's is, from 1; 0 if it is not spent."""
+        state = self._runs.get(attempt.run)
+        sent = frozenset[Order]() if state is None else state.sent
+        return sum(order <= attempt.order for order in sent) if attempt.order in sent else 0
+
     def remaining(self, run: str) -> int:
         """Reservations that a run may still take; 0 for an unknown or closed run."""
         state = self._runs.get(run)

@@ -29,6 +29,7 @@ class State:
         refused: Rounds in a row that the gate has refused, up to the last one that is complete.
         lowest: The lowest loss that the gate has found since the start, or the last fallback.
         missed: The last of them in a row that missed the minimum of sites, if the plan counts them.
+        counted: For each site the round, session and attempt of its last update in a committed sum.
         record: What the run's attempts have shown of its sites: one that lies or falls silent again
             and again would cost the others an update each time, until no spare round is left.
     """
@@ -42,6 +43,7 @@ class State:
     refused: int
     lowest: float
     missed: int
+    counted: Mapping[int, tuple[int, int, int]]
     record: Record
 
 
@@ -62,7 +64,7 @@ class Fold:
         self._session, self._lowest = 1, math.inf
         self._ready, self._holders = set[int](), frozenset[int]()
         self._previous, self._fallen = dict[str, bytes](), dict[str, bytes]()
-        self._adapter = ""
+        self._adapter, self._counted = "", dict[int, tuple[int, int, int]]()
         self._sums: Mapping[str, str] = {}
 
     def state(self) -> State:
@@ -87,6 +89,7 @@ class Fold:
             refused=self._refused,
             lowest=self._lowest,
             missed=self._missed,
+            counted=self._counted,
             record=self._record,
         )
 
@@ -128,6 +131,7 @@ class Fold:
             found = [gate[key] for key in ("lowest", "after") if gate.get(key) is not None]
             self._lowest = min([self._lowest, *found])
             _, session, number = event.attempt.order
+            self._counted |= dict.fromkeys(facts["cohort"], event.attempt.order)
             self._previous = {
                 "cohort": canonical_json(facts.get("groups", facts["cohort"])),
                 "attempt": canonical_json(number if session == 1 else [session, number]),
