@@ -228,8 +228,7 @@ def _load(
         config.label2id = {label: i for i, label in enumerate(task.labels)}
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     config.get_text_config().use_cache = False
-    # Dropout masks would come from torch's generator, which keeps 32 bits of its seed.
-    config.update({key: 0.0 for key, value in config.to_dict().items() if _is_dropout(key, value)})
+    _drop_nothing(config)
     base = open_weights(kind, folder, config, model, heads, device=device)
     base.requires_grad_(False)
     return base
@@ -304,8 +303,16 @@ def _quantization(model: Model, device: str) -> BitsAndBytesConfig | None:
     )
 
 
-def _is_dropout(key: str, value: object) -> bool:
-    return ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float)
+def _drop_nothing(config: PreTrainedConfig) -> None:
+    """Set every dropout of a configuration and of those inside it to 0.
+
+    Its masks would come from torch's generator, which keeps 32 bits of its seed.
+    """
+    values = config.to_dict()
+    config.update({key: 0.0 for key in values if "drop" in key and type(values[key]) is float})
+    for part in vars(config).values():  # a multimodal model has its language model's apart
+        if isinstance(part, PreTrainedConfig):
+            _drop_nothing(part)
 
 
 def _may_be_new(name: str) -> bool:

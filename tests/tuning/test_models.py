@@ -1,3 +1,4 @@
+import copy as copies
 import json
 import shutil
 from pathlib import Path
@@ -5,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    Gemma3Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fedward.errors import InvalidValue, ModelError
 from fedward.plan import Model, Task
@@ -45,6 +53,55 @@ def test_every_model_classifies_with_a_float32_head(models, name, quantize):
     heads = [p for n, p in base.named_parameters() if n.startswith(("score", "classifier"))]
     assert heads and all(p.dtype == torch.float32 for p in heads)
     assert not any(p.requires_grad for p in base.parameters())
+
+
+NESTED = Gemma3Config(
+    text_config={
+        "vocab_size": 400,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "attention_dropout": 0.5,
+    },
+    vision_config={
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    mm_tokens_per_image=4,
+)
+"""A model whose language model has a configuration of its own, and dropout there alone."""
+
+BERT = BertConfig(
+    vocab_size=400,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    is_decoder=True,
+)
+
+
+@pytest.mark.parametrize("config", [NESTED, BERT], ids=["gemma3", "bert"])
+def test_nothing_drops_while_training(models, tmp_path, config):
+    def difference(model: PreTrainedModel) -> float:
+        ids = torch.tensor([[5, 6, 7, 8]])
+        more = {"token_type_ids": torch.zeros_like(ids)} if config is NESTED else {}
+        with torch.no_grad():
+            one, two = (model.train()(input_ids=ids, **more).logits for _ in range(2))
+        return float((one - two).abs().max())
+
+    original = AutoModelForCausalLM.from_config(copies.deepcopy(config))
+    assert difference(original) > 0, "control"
+    original.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(models["llama"]).save_pretrained(tmp_path)
+    assert difference(load(tmp_path, SFT)[0]) == 0
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
