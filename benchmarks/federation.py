@@ -25,7 +25,7 @@ from scheme_grid import tables
 from scheme_grid.cells import Cell, Grid, Size, grid
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "flwr")
-QUICK = Size(rows=600, test=60, rounds=2, private_rounds=2)
+QUICK = Size(rows=600, test=60, rounds=2)
 
 
 def wanted(options: argparse.Namespace) -> Sequence[Cell]:

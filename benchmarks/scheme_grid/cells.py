@@ -32,6 +32,7 @@ Scheme = Literal["fedavg", "ffa", "alternating", "sketch", "sketch-once"]
 SCHEMES: tuple[Scheme, ...] = ("fedavg", "ffa", "alternating", "sketch", "sketch-once")
 MIXED = "sketch-mixed"
 WAYS = ("alone", *SCHEMES, MIXED, "central", "pooled", "central-noise")
+ONE_RANK = tuple(way for way in WAYS if way != MIXED)
 SEEDS = (0, 1, 2)
 
 
@@ -46,6 +47,10 @@ class Task:
         private_rate: SGD's, with privacy. Both are chosen on a fifth of the training units, without
             looking at a test row (docs/benchmarks.md).
         epsilons: With what privacy; infinite is none.
+        rounds: Rounds without privacy.
+        steps: Local steps of each; with privacy there is one.
+        private_rounds: Rounds with privacy.
+        ways: Those of :data:`WAYS` that are trained.
         alpha: Concentration of the labels' split in place of the example's; None leaves it.
     """
 
@@ -54,6 +59,10 @@ class Task:
     rate: float
     private_rate: float
     epsilons: tuple[float, ...] = (math.inf, 3.0)
+    rounds: int = 8
+    steps: int = 5
+    private_rounds: int = 20
+    ways: tuple[str, ...] = ONE_RANK
     alpha: float | None = None
 
 
@@ -64,6 +73,17 @@ TASKS = {
         rate=0.02,
         private_rate=30.0,
         epsilons=(math.inf, 3.0, 1.0, 8.0),
+        ways=WAYS,
+    ),
+    "medquad-often": Task(
+        example="medquad",
+        data="medquad",
+        rate=0.02,
+        private_rate=30.0,
+        epsilons=(math.inf,),
+        rounds=64,
+        steps=1,
+        ways=(*SCHEMES, MIXED, "central"),
     ),
     "abstracts-half": Task(
         example="med_abstracts", data="med_abstracts", rate=0.02, private_rate=30.0, alpha=0.5
@@ -86,14 +106,12 @@ class Size:
     Args:
         rows: Most training rows of all sites, taken as whole units and from each site alike.
         test: Most test units.
-        rounds: Rounds without privacy, of five local steps each.
-        private_rounds: Rounds with privacy, of one step each.
+        rounds: Most rounds.
     """
 
     rows: int = 2500
     test: int = 100_000
-    rounds: int = 8
-    private_rounds: int = 20
+    rounds: int = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +144,8 @@ def grid() -> list[Cell]:
     return [
         Cell(task=name, way=way, epsilon=epsilon, seed=seed)
         for name, task in TASKS.items()
-        for seed, epsilon, way in itertools.product(SEEDS, task.epsilons, WAYS)
-        if math.isfinite(epsilon) or way in {"alone", *SCHEMES, MIXED, "central"}
-        if way != MIXED or name == "medquad"
+        for seed, epsilon, way in itertools.product(SEEDS, task.epsilons, task.ways)
+        if math.isfinite(epsilon) or way not in {"pooled", "central-noise"}
     ]
 
 
@@ -212,9 +229,9 @@ class Grid:
         private, task = math.isfinite(cell.epsilon), TASKS[cell.task]
         plan, sites = self._example(cell.task), len(self._case(cell.task).sites)
         rounds = Rounds(
-            count=self._size.private_rounds if private else self._size.rounds,
+            count=min(task.private_rounds if private else task.rounds, self._size.rounds),
             spare=0,
-            steps=1 if private else 5,
+            steps=1 if private else task.steps,
             sampling_rate=0.1,
             normaliser=self._size.rows / sites * 0.1,
             learning_rate=rate or (task.private_rate if private else task.rate),
