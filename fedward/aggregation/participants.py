@@ -11,13 +11,13 @@ Guarantees:
     run can choose among many draws.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from fedward.attempt import Attempt
 from fedward.canonical import digest
 from fedward.errors import InvalidValue
 from fedward.identity import Roster
-from fedward.plan import Plan
+from fedward.plan import Plan, Rounds
 
 
 def drawn(tag: str, sites: Iterable[int], roster: Roster, attempt: Attempt) -> list[int]:
@@ -44,13 +44,40 @@ def asked_sites(plan: Plan, roster: Roster, attempt: Attempt) -> tuple[int, ...]
     Raises:
         InvalidValue: The roster has fewer members than the plan asks.
     """
-    ids, size = [member.id for member in roster.members], plan.rounds.participants
-    if size is None:
+    ids = [member.id for member in roster.members]
+    if plan.rounds.participants is None:
         return tuple(ids)
     check_participants(plan, len(ids))
     order = drawn("participant", ids, roster, attempt)
-    first = (attempt.attempt - 1) % (plan.rounds.spare + 1) * size
-    return tuple(sorted(order[(first + place) % len(order)] for place in range(size)))
+    return tuple(sorted(_stretch(order, plan.rounds, attempt.attempt)))
+
+
+def another_sample_has(
+    plan: Plan, roster: Roster, attempt: Attempt, there: Collection[int]
+) -> bool:
+    """Whether some attempt at the round asks the plan's minimum of sites that are there.
+
+    Args:
+        plan: The frozen plan, with participants.
+        roster: The pinned roster.
+        attempt: Any at the round.
+        there: The ids of the sites that are there.
+
+    Raises:
+        InvalidValue: The roster has fewer members than the plan asks.
+    """
+    check_participants(plan, len(roster.members))
+    order = drawn("participant", [member.id for member in roster.members], roster, attempt)
+    numbers = range(1, min(plan.rounds.spare + 1, len(order)) + 1)  # behind them they come again
+    samples = (_stretch(order, plan.rounds, number) for number in numbers)
+    return any(len(sample & set(there)) >= plan.cohort.minimum for sample in samples)
+
+
+def _stretch(order: Sequence[int], rounds: Rounds, number: int) -> set[int]:
+    """The part of a round's order that an attempt asks."""
+    size = rounds.participants or len(order)
+    first = (number - 1) % (rounds.spare + 1) * size
+    return {order[(first + place) % len(order)] for place in range(size)}
 
 
 def check_participants(plan: Plan, sites: int) -> None:

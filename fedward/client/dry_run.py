@@ -5,6 +5,7 @@ this process. Nothing is sent, and the ledger is only read.
 """
 
 import dataclasses
+import itertools
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import torch
 
 from fedward.aggregation.packing import pack
 from fedward.aggregation.parameters import Limits, SessionParameters
+from fedward.aggregation.participants import asked_sites
 from fedward.aggregation.planned import planned_session, update_event
 from fedward.aggregation.rules import masked_bytes
 from fedward.aggregation.session_memory import VolatileMemory
@@ -148,8 +150,8 @@ def dry_run(folder: SiteFolder, plan: Plan, dataset: str) -> DryRun:
 def _letters(plan: Plan, roster: Roster, site: int, passes: int = 1) -> int:
     """Bytes of one site's answers in a round, without the masked update.
 
-    A whole session is held among the roster's sites with keys made for it. Its update has one
-    coordinate: the length of an update changes the masked words alone.
+    A whole session is held among the sites of a round that asks this one, with keys made for it.
+    Its update has one coordinate: the length of an update changes the masked words alone.
     """
     keys = {member.id: Identity() for member in roster.members}
     actors = dataclasses.replace(
@@ -159,7 +161,8 @@ def _letters(plan: Plan, roster: Roster, site: int, passes: int = 1) -> int:
             dataclasses.replace(m, public_key=keys[m.id].public_key) for m in roster.members
         ),
     )
-    attempt = Attempt(run="dry-run", round=1)
+    rounds = (Attempt(run="dry-run", round=number) for number in itertools.count(1))
+    attempt = next(each for each in rounds if site in asked_sites(plan, actors, each))
     session = planned_session(plan, actors, attempt, task_hash=bytes(32), dimension=1)
     messages = _session(session, actors, keys, site)
     size = 0
@@ -194,6 +197,7 @@ def _session(
             expected=parameters,
         )
         for member, key in keys.items()
+        if member in (parameters.allowed or keys)
     }
     tally, said = Tally(parameters=parameters, roster=roster), dict[str, bytes]()
 
@@ -209,7 +213,7 @@ def _session(
             if member == site:
                 said[action] = reply
 
-    exchange("hello", dict.fromkeys(keys, tally.request()), SiteSession.hello, tally.add_hello)
+    exchange("hello", dict.fromkeys(sessions, tally.request()), SiteSession.hello, tally.add_hello)
     exchange("shares", tally.close_hellos(), SiteSession.shares, tally.add_shares)
     slots = np.zeros(len(parameters.slots))
     for member, message in tally.close_shares().items():

@@ -83,10 +83,11 @@ def start(
         data = Path(frozen.gate.data)
         gate_records(frozen, data)  # raises unless every record fits
         write_private(found.gate_data(frozen), data.read_bytes())
-    _show_groups(frozen, found)
+    _show_asked(frozen, found)
+    who = "each site that is asked" if frozen.rounds.participants else "each site"
     odd, even = masked_bytes(frozen, layout)
     Console(stderr=True).print(
-        f"each site sends {odd:,} bytes of masked words a round"
+        f"{who} sends {odd:,} bytes of masked words a round"
         + ("" if even == odd else f", and {even:,} in even rounds"),
         highlight=False,
     )
@@ -98,22 +99,32 @@ def start(
         _show([control.start(called, frozen, adapter, layout)], json_output)
 
 
-def _show_groups(plan: Plan, found: CoordinatorFolder) -> None:
-    """Say what groups make of the set that a site is hidden in; refuse too small a federation."""
+def _show_asked(plan: Plan, found: CoordinatorFolder) -> None:
+    """Say how many sites a round asks, and what groups make of the set that one is hidden in.
+
+    Raises:
+        InvalidValue: There are too few sites for the plan's groups. For its participants the roster
+            may still grow; a round is refused until it has.
+    """
     from fedward.aggregation.groups import check_groups
     from fedward.server.members import open_members
 
-    groups = plan.cohort.groups
-    if groups == 1:
-        return
+    groups, asked, console = plan.cohort.groups, plan.rounds.participants, Console(stderr=True)
     with open_members(found) as members:
-        sites = len(members.roster().members)
+        there = len(members.roster().members)
+    sites = asked or there
+    if asked:
+        wait = f"; it pauses until the roster has {asked}" if asked > there else ""
+        text = f"each round asks {asked} of {there} sites, by a public draw{wait}"
+        console.print(text, highlight=False)
     check_groups(plan.cohort, sites)
-    Console(stderr=True).print(
-        f"{sites} sites in {groups} groups of {sites // groups} or more: a site's update is hidden "
-        f"among those of its group, at least {plan.cohort.minimum}, not among everybody's",
-        highlight=False,
-    )
+    if groups > 1:
+        console.print(
+            f"{sites} sites in {groups} groups of {sites // groups} or more: a site's update is "
+            f"hidden among those of its group, at least {plan.cohort.minimum}, not among "
+            "everybody's",
+            highlight=False,
+        )
 
 
 @run_app.command("list")
@@ -131,7 +142,7 @@ def list_runs(folder: _Folder = _DEFAULT, json_output: _Json = False) -> None:
 
 @run_app.command()
 def show(name: _Name, folder: _Folder = _DEFAULT, json_output: _Json = False) -> None:
-    """One run: its state, what it does now, who was left out, and what the gate refused."""
+    """One run: its state, what it does now, who was asked or left out, what the gate refused."""
     _verb("Show", name, folder, json_output)
 
 
@@ -198,6 +209,8 @@ def _facts(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "plan", f"{run['plan']} ({run['plan_hash']})"
     if run["adapter"]:
         yield "adapter", run["adapter"]
+    if run["asked"]:
+        yield "asked", ", ".join(run["asked"])
     for line in run["left_out"]:
         yield "left out", line
     for line in run["refused"]:

@@ -35,7 +35,7 @@ class RunList(_message.Message):
     def __init__(self, runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ...) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("name", "plan", "plan_hash", "state", "activity", "reason", "committed", "rounds", "adapter", "changed", "left_out", "refused")
+    __slots__ = ("name", "plan", "plan_hash", "state", "activity", "reason", "committed", "rounds", "adapter", "changed", "left_out", "refused", "asked")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     PLAN_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class Run(_message.Message):
     CHANGED_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
     name: str
     plan: str
     plan_hash: str
@@ -60,7 +61,8 @@ class Run(_message.Message):
     changed: float
     left_out: _containers.RepeatedScalarFieldContainer[str]
     refused: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., plan: _Optional[str] = ..., plan_hash: _Optional[str] = ..., state: _Optional[str] = ..., activity: _Optional[str] = ..., reason: _Optional[str] = ..., committed: _Optional[int] = ..., rounds: _Optional[int] = ..., adapter: _Optional[str] = ..., changed: _Optional[float] = ..., left_out: _Optional[_Iterable[str]] = ..., refused: _Optional[_Iterable[str]] = ...) -> None: ...
+    asked: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., plan: _Optional[str] = ..., plan_hash: _Optional[str] = ..., state: _Optional[str] = ..., activity: _Optional[str] = ..., reason: _Optional[str] = ..., committed: _Optional[int] = ..., rounds: _Optional[int] = ..., adapter: _Optional[str] = ..., changed: _Optional[float] = ..., left_out: _Optional[_Iterable[str]] = ..., refused: _Optional[_Iterable[str]] = ..., asked: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("round", "attempt", "phase", "site", "facts")

@@ -134,6 +134,12 @@ class ControlService(control_pb2_grpc.ControlServicer):
             for event in events
             if event.phase is Phase.REFUSED
         ]
+        asked = [
+            _name(roster, site)
+            for event in events
+            if event.phase is Phase.INVITED and event.attempt.order == last
+            for site in json.loads(event.payload)["sites"]
+        ]
         return wire.Run(
             name=run.name,
             plan=run.plan.name,
@@ -147,6 +153,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
             changed=run.changed,
             left_out=left_out,
             refused=refused,
+            asked=asked,
         )
 
     def _events(self, name: str) -> list[Event]:

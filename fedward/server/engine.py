@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedward import typed_toml
+from fedward.aggregation.participants import another_sample_has, asked_sites
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.errors import CohortTooSmall, FedwardError
@@ -131,7 +132,7 @@ class Engine:
         def observe(attempt: Attempt, phase: Phase, site: int, facts: Json) -> None:
             self._beat(run.name, f"round {attempt.round}: {_WORDS[phase]}")
             if phase is Phase.STARTED:
-                self._wait_for_turn(run, grid, nodes, attempt.round)
+                self._wait_for_turn(run, grid, nodes, attempt, roster)
                 if self._roster().epoch != roster.epoch:
                     raise _Stopped  # and go on at once, with the sites of the new roster
                 self._stop_unless(run.name, RunState.RUNNING)
@@ -190,27 +191,41 @@ class Engine:
             return members.roster()
 
     def _wait_for_turn(
-        self, run: Run, grid: LinkGrid, nodes: Mapping[int, int], number: int
+        self,
+        run: Run,
+        grid: LinkGrid,
+        nodes: Mapping[int, int],
+        attempt: Attempt,
+        roster: Roster,
     ) -> None:
         """Wait for the minimum of sites as long as it takes, for the others a while; then in line.
 
-        A run whose sites leave while it stands there lets the others go first.
+        Only those count that the attempt asks. A run whose sites leave while it stands there lets
+        the others go first.
 
         Raises:
-            CohortTooSmall: Not within the plan's deadline, where the plan has a ``[fallback]``.
+            CohortTooSmall: Not within the plan's deadline, where the plan has a ``[fallback]``; or
+                too few of the attempt's sample are there, and enough of another attempt's.
+            InvalidValue: The roster has fewer members than the plan asks.
         """
+        asked, number = asked_sites(run.plan, roster, attempt), attempt.round
         began, deadline = time.monotonic(), run.plan.rounds.deadline_seconds
         minimum, last = run.plan.cohort.minimum, began + self._away
         while True:
             self._stop_unless(run.name, RunState.RUNNING)
-            there = len(set(grid.get_node_ids()).intersection(nodes.values()))
-            if there == len(nodes) or (there >= minimum and time.monotonic() > last):
+            online = set(grid.get_node_ids())
+            up = {site for site, node in nodes.items() if node in online}
+            there, late = len(up.intersection(asked)), time.monotonic() > last
+            if there == len(asked) or (there >= minimum and late):
                 self._beat(run.name, f"round {number}: waiting for its turn")
                 if self._turns.wait(run.name, _LOOK_SECONDS):
                     return
                 continue
             self._turns.leave(run.name)
-            needed = f"{there} of {len(nodes)} sites are there, {minimum} are needed"
+            needed = f"{there} of {len(asked)} sites are there, {minimum} are needed"
+            sampled = run.plan.rounds.participants is not None
+            if sampled and late and another_sample_has(run.plan, roster, attempt, up):
+                raise CohortTooSmall(f"round {number}: of those asked, {needed}")
             if run.plan.fallback is not None and time.monotonic() - began > deadline:
                 raise CohortTooSmall(f"round {number}: {needed}, for {run.plan.rounds.deadline}")
             self._beat(run.name, f"round {number}: waiting for sites ({needed})")

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedward.aggregation.packing import unpack
+from fedward.aggregation.participants import check_participants
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.rules import Rule, masked_bytes
 from fedward.attempt import Attempt
@@ -33,7 +34,6 @@ from fedward.client.training import Trainer
 from fedward.errors import ConfigurationError
 from fedward.messages import parts_of
 from fedward.plan import Plan
-from fedward.server.fallback import fallback_job, train_apart
 from fedward.server.registry import Registry
 from fedward.server.registry_entries import add_run
 from fedward.server.store import ROUND_ENDS, Phase, RunStore
@@ -143,7 +143,14 @@ class _Work:
         if not covered.single_pass:
             self._console.print(str(covered), markup=False, highlight=False)
         most = max(masked_bytes(plan, self._tuned.layout))
-        self._console.print(f"a site sends {most:,} bytes of masked words a round", highlight=False)
+        check_participants(plan, len(sites))
+        asked, who = plan.rounds.participants, "a site"
+        if asked is not None:
+            who = "a site that is asked"
+            self._console.print(
+                f"each round asks {asked} of {len(sites)} sites, by a public draw", highlight=False
+            )
+        self._console.print(f"{who} sends {most:,} bytes of masked words a round", highlight=False)
         every = comparisons(plan, sites) if compare else []
         todo = deque(one for one in every if not self._result(one.name).exists())
         with self._second_process(todo) as rest:
@@ -251,14 +258,6 @@ class _Work:
         write_atomically(self._folder / "models" / "federated.safetensors", adapter)
         score = self._score("federated", lambda _: evaluate_adapter(plan, adapter, self._case.test))
         return score, epsilon
-
-    def _fallback(self) -> Callable[[int, bytes], bytes] | None:
-        """The job of the plan's ``[fallback]``, checked before anybody trains."""
-        plan, work = self._plan, self._folder / "fallback"
-        if plan.fallback is None:
-            return None
-        step, base = fallback_job(plan, Path(plan.fallback.job)), resolve_model(plan.model)
-        return lambda _, adapter: train_apart(plan, step, base, adapter, work)
 
     def _fault(self, node: int, message: Message) -> bool:
         """The demo's accident: one site dies in round 2, when the others send masked updates."""

@@ -8,7 +8,12 @@ import pytest
 
 from fedward.aggregation.groups import group_of, groups_of
 from fedward.aggregation.parameters import SessionParameters
-from fedward.aggregation.participants import asked_sites, check_participants, drawn
+from fedward.aggregation.participants import (
+    another_sample_has,
+    asked_sites,
+    check_participants,
+    drawn,
+)
 from fedward.aggregation.planned import planned_session
 from fedward.attempt import Attempt
 from fedward.canonical import canonical_json
@@ -182,3 +187,15 @@ def test_a_draw_buys_no_epsilon():
         for plan in (few, pooled)
     ]
     assert sessions[0].noise == sessions[1].noise > 0
+
+
+def test_a_round_goes_to_another_sample_only_where_that_has_enough_sites():
+    """What the coordinator does when too few of an attempt's sites are there."""
+    plan, rest = of(3), set(range(6)) - set(asked_sites(of(3), SIX, at(1)))
+    assert another_sample_has(plan, SIX, at(1), rest)
+    assert another_sample_has(plan, SIX, at(1, 2), range(6))
+    gone = {min(rest), asked_sites(plan, SIX, at(1))[0]}
+    assert not another_sample_has(plan, SIX, at(1), set(range(6)) - gone)
+    assert not another_sample_has(of(3, 0), SIX, at(1), rest), "no spare, no other sample"
+    assert not another_sample_has(plan, SIX, at(1), [])
+    assert another_sample_has(of(3, 100000), SIX, at(1), rest)

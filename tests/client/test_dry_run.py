@@ -66,6 +66,18 @@ def test_a_plan_with_two_passes_and_a_rank_of_its_own(site, base):
     assert one.epsilon_round == two.epsilon_round == third.epsilon_round
 
 
+def test_a_dry_run_is_of_a_round_that_asks_this_site(site, base):
+    few = tiny.make_plan(base, rounds=tiny.make_rounds(participants=3))
+    one, two = (dry_run(site, each, "notes") for each in (tiny.make_plan(base), few))
+    assert one.update_bytes == two.update_bytes
+    assert one.epsilon_run == two.epsilon_run, "a draw buys no epsilon"
+    sites = len(pinned_roster(site).members)
+    assert (two.bytes_out < one.bytes_out) is (sites > 3)
+    many = tiny.make_plan(base, rounds=tiny.make_rounds(participants=sites + 1))
+    with pytest.raises(ConfigurationError, match=f"at most the {sites} sites there are"):
+        dry_run(site, many, "notes")
+
+
 def test_the_letters_are_as_long_as_those_of_a_real_round(tmp_path, monkeypatch):
     desk, sent = Desk(tmp_path), list[RecordDict]()
     answer = desk.agents[0].answer

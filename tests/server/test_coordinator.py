@@ -16,6 +16,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedward import typed_toml
+from fedward.aggregation.participants import asked_sites
+from fedward.attempt import Attempt
 from fedward.client.daemon import run_site
 from fedward.client.site_folder import SiteFolder
 from fedward.errors import ConfigurationError, RoundError, Unreachable
@@ -26,6 +28,7 @@ from fedward.server import engine as engine_module
 from fedward.server.control_client import Control, open_control
 from fedward.server.control_service import ControlService, Health, control_server
 from fedward.server.engine import Engine
+from fedward.server.members import open_members
 from fedward.server.runs import RunBook, RunState
 from fedward.server.superlink import admit_nodes, open_state
 from tests.client import desk
@@ -178,6 +181,37 @@ def test_a_run_without_its_sites_holds_up_no_other(tmp_path):
         start(control, "social")
         wait_for(lambda: state(control, "social") == "finished")
         assert state(control, "lonely") == "running"
+
+
+def test_a_round_whose_sample_is_away_is_tried_with_another_and_show_names_who_is_asked(tmp_path):
+    house = House(tmp_path, ["u", "v", "w", "x", "y", "z"])
+    config = dataclasses.replace(house.folder.config(), away=1)
+    write_private(house.folder.config_file, typed_toml.dump(config).encode())
+    plan = dataclasses.replace(
+        desk.PLAN, rounds=dataclasses.replace(desk.PLAN.rounds, count=1, spare=1, participants=3)
+    )
+    with open_members(house.folder) as members:
+        roster = members.roster()
+    first, second = (
+        asked_sites(plan, roster, Attempt(run="few", round=1, attempt=number)) for number in (1, 2)
+    )
+    names = {member.id: member.name for member in roster.members}
+    there = sorted(names[site] for site in second)
+    sites = [site for site in house.sites if site.config().name in there]
+    with (
+        office.serving(house.folder),
+        house.engine(),
+        open_control(house.folder) as control,
+    ):
+        start(control, "few", plan)
+        wait_for(lambda: "0 of 3 sites" in control.call("Show", "few")["activity"])
+        assert control.call("Show", "few")["asked"] == []
+        with house.online(sites):
+            wait_for(lambda: state(control, "few") == "finished")
+        assert sorted(control.call("Show", "few")["asked"]) == there
+    assert not set(first) & set(second)
+    for site in house.sites:
+        assert site.ledger.exists() is (site in sites), "whoever is not asked has no line"
 
 
 def test_runs_are_worked_through_one_after_the_other(control):
