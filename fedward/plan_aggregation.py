@@ -1,6 +1,5 @@
 """The parts of a plan that say who is summed, and what a sum becomes (DESIGN §7)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -46,7 +45,7 @@ class Aggregation:
         scheme: ``fedavg`` (every trainable tensor), ``ffa`` (LoRA's A frozen and orthonormal),
             ``alternating`` (A and B in turn, B first; A starts orthonormal), ``sketch`` (the mean
             of the products, from two sums over the same sites), or ``sketch-once`` (from one).
-        update_clip: L2 bound of a site's update, > 0; fixes the fixed-point grid.
+        update_clip: L2 bound of a site's update, 1e-12 to 1e15; fixes the fixed-point grid.
         word_bits: Bits of one word of the masked sum; 16 halve what a site sends.
         weights: Site name to its weight in the mean, a number above 0 for every site; left out,
             all weigh alike. No site may outweigh the ``minimum - 1 - colluders`` lightest others.
@@ -75,8 +74,8 @@ class Aggregation:
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        positive = 0 < self.update_clip < math.inf
-        require(positive, "update_clip", self.update_clip, "a number above 0")
+        clip = self.update_clip  # a second pass has a grid for half its square, 1e-30 to 1e30
+        require(1e-12 <= clip <= 1e15, "update_clip", clip, "1e-12 to 1e15")
         rate = self.server_learning_rate
         require(0 < rate <= 1e6, "server_learning_rate", rate, "above 0 and at most 1e6")
         require(0 <= self.beta_1 < 1, "beta_1", self.beta_1, "at least 0 and below 1")

@@ -178,7 +178,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ("cohort", "minimum", [-3, 2, 100001], "3 to 100000 with 1 colluders"),
     ("cohort", "colluders", [-1], "0 or more"),
     ("aggregation", "scheme", ["mean"], "one of 'fedavg', 'ffa', 'alternating', 'sketch', 'sketch"),
-    ("aggregation", "update_clip", [0.0, -1.0, math.inf], POSITIVE),
+    ("aggregation", "update_clip", [0.0, -1.0, 9e-13, 2e15, math.inf], "1e-12 to 1e15"),
     ("aggregation", "word_bits", [8, 64, "32"], "one of 16, 32"),
     ("aggregation", "weights", [[1.0], "uniform"], "a section"),
     ("aggregation", "optimizer", ["sgd"], "one of 'none', 'momentum', 'adam', 'yogi', 'adagrad'"),

@@ -77,6 +77,22 @@ def test_the_error_of_sixteen_bits_is_what_the_page_says(sites):
     assert np.linalg.norm(wrong - plain / sites) > 100 * error, "negative control: not turned back"
 
 
+@pytest.mark.parametrize("clip", [1e-12, 1e15])
+@pytest.mark.parametrize("word_bits", [16, 32])
+def test_whatever_update_clip_a_plan_may_have_both_passes_have_a_grid(clip, word_bits):
+    plan = plan_with(scheme="sketch", update_clip=clip, word_bits=word_bits)
+    for cohort in ((), (1, 2, 3)):
+        parameters = planned_session(
+            plan,
+            ROSTER,
+            Attempt(run="run", round=1, session=1 + bool(cohort)),
+            task_hash=bytes(32),
+            dimension=1 << 34,
+            cohort=cohort,
+        )
+        assert SessionParameters.from_bytes(parameters.to_bytes()) == parameters
+
+
 def test_metrics_need_wide_words():
     with pytest.raises(InvalidValue, match="word_bits = 16"):
         dataclasses.replace(plan_with(word_bits=16), metrics=Metrics(epsilon=1.0))
