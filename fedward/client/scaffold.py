@@ -47,7 +47,7 @@ class Variates:
     def correct(self, parameters: Sequence[Tensor]) -> None:
         """Add c - c_i to the gradients of the trained parameters, in the layout's order."""
         correction = torch.from_numpy(self._shared - self._own)
-        parts = correction.split([parameter.numel() for parameter in parameters])
+        parts = correction.split_with_sizes([parameter.numel() for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(part.view(parameter.shape).to(parameter.grad))

@@ -45,10 +45,9 @@ def adapter_sizes(plan: Plan, start: bytes, layout: Layout) -> tuple[int, ...]:
         start: An adapter of it without moments.
         layout: Names and shapes of its trainable tensors.
     """
-    sizes = (len(start),)
-    if plan.rounds.scaffold:
-        sizes += (len(_with(start, np.zeros(dimension(layout), dtype=np.float32))),)
-    return sizes
+    if not plan.rounds.scaffold:
+        return (len(start),)
+    return len(start), len(_with(start, np.zeros(dimension(layout), dtype=np.float32)))
 
 
 def _with(adapter: bytes, control: Vector) -> bytes:

@@ -19,6 +19,7 @@ from fedward.client.trainer import LocalTrainer
 from fedward.messages import parts_of
 from fedward.plan import Plan
 from fedward.plan_aggregation import Aggregation, Cohort
+from fedward.plan_gate import Gate
 from fedward.server.store import Phase
 from fedward.tuning.adapter import flatten, from_bytes, load_adapter, unflatten_into
 from fedward.tuning.objectives import collate, encode, loss_per_example
@@ -140,7 +141,7 @@ def uneven(count: int) -> dict[str, Records]:
     """Sites that differ: of two classes each has the one more often, or the other."""
     sites = tiny.make_sites(count, patients=2)
     for place, (name, records) in enumerate(sites.items()):
-        rows = [row | {"label": tiny.LABELS[place % 2]} for row in records.rows]
+        rows = [{**row, "label": tiny.LABELS[place % 2]} for row in records.rows]
         sites[name] = dataclasses.replace(records, rows=tuple(rows))
     return sites
 
@@ -208,6 +209,23 @@ def test_coordinator_and_sites_resume_with_what_they_kept(tmp_path, base):
             federation.run(stop)
     trainers = make_trainers(sites, tmp_path / "keep")
     adapter = tiny.make_federation(tmp_path, plan, trainers).run()
+    check(tmp_path, plan, sites, adapter)
+
+
+def test_a_round_that_the_gate_refuses_moves_no_control_variate(tmp_path, base):
+    plan, sites = plan_of(base, gate=Gate(data="x")), uneven(3)
+    tried = list[bytes]()
+
+    def loss(adapter: bytes) -> float:
+        if adapter not in tried:
+            tried.append(adapter)
+        return float(tried.index(adapter) == 2)  # after the start and the first round's
+
+    trainers = make_trainers(sites, tmp_path / "keep")
+    adapter = tiny.make_federation(tmp_path, plan, trainers, gate=loss).run()
+    assert len(tiny.facts_of(tmp_path, Phase.REFUSED)) == 1
+    assert len(tiny.cohorts(tmp_path)) == 2
+    assert [len(tiny.sent(tmp_path, site)) for site in range(3)] == [3] * 3
     check(tmp_path, plan, sites, adapter)
 
 
