@@ -84,9 +84,9 @@ class Timed:
         self.seconds = time.perf_counter() - start
         return result
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
         """The real one's."""
-        return self._trainer.evaluate(plan, adapter)
+        return self._trainer.evaluate(plan, adapter, run)
 
 
 def make_base(folder: Path, size: Size, device: str) -> Path:

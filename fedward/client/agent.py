@@ -387,7 +387,7 @@ class Agent:
             return SiteCode.REFUSED_PLAN
         try:
             adapter = without_moments(letter.part("adapter"))
-            metrics = self._trainer.evaluate(plan, adapter)
+            metrics = self._trainer.evaluate(plan, adapter, attempt.run)
         except (FedwardError, *LIBRARY_ERRORS) as error:
             _LOG.warning("round %d: no evaluation: %s", attempt.round, safe_repr(error))
         else:

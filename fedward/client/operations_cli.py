@@ -1,4 +1,4 @@
-"""``fedward site train-service | doctor | status | dry-run | pause | resume | leave``."""
+"""``fedward site train-service | doctor | status | dry-run | pause | resume | forget | leave``."""
 
 import dataclasses
 import json
@@ -154,6 +154,29 @@ def _set_paused(folder: SiteFolder, paused: bool, json_output: bool) -> None:
             folder.paused.unlink()
     said = "takes no new round" if paused else "takes rounds"
     typer.echo(json.dumps({"paused": paused}) if json_output else f"{folder.root}: {said}")
+
+
+@operations_app.command()
+def forget(
+    run: Annotated[
+        str, typer.Argument(help="The run's name, as approvals and the journal have it.")
+    ],
+    site: SiteOption = DEFAULT_SITE,
+    json_output: JsonOption = False,
+) -> None:
+    """Delete what the site keeps of a run for itself: personal parts, SCAFFOLD's control variate.
+
+    For runs that are over. One that goes on begins anew with them; ledger and journal keep what was
+    spent.
+    """
+    from fedward.client.journal import journal_command
+    from fedward.client.personal import PersonalParts
+
+    folder = SiteFolder.load(site)
+    journal_command(folder, "forgets", {"who": who(), "run": run})
+    files = PersonalParts(folder.personal).forget(run)
+    facts = {"run": run, "files": files}
+    typer.echo(json.dumps(facts) if json_output else f"{run}: {files} files deleted")
 
 
 @operations_app.command()

@@ -55,8 +55,8 @@ class PersonalParts:
         for other in set(path.parent.glob("*.safetensors")) - {path, before}:
             other.unlink()
 
-    def newest(self, plan: Plan) -> State:
-        """The parts that were kept last under a plan; none before the first training.
+    def newest(self, plan: Plan, run: str) -> State:
+        """The parts that a run of a plan kept last; none before its first training.
 
         For the site's own eyes: the update that they were trained with may not have left yet.
 
@@ -65,9 +65,16 @@ class PersonalParts:
         """
         if self._folder is None:
             return {}
-        files = (self._folder / plan.hash().hex()).glob("*/*.safetensors")
-        path = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+        files = (self._folder / plan.hash().hex() / _name(run)).glob("*.safetensors")
+        path = max(files, key=lambda file: int(file.stem), default=None)
         return {} if path is None else from_bytes(path.read_bytes())
+
+    def forget(self, run: str) -> int:
+        """Delete what was kept of a run, under whatever plan; returns how many files there were."""
+        files = list(self._folder.glob(f"*/{_name(run)}/*.safetensors")) if self._folder else []
+        for file in files:
+            file.unlink()
+        return len(files)
 
     @staticmethod
     def put(model: nn.Module, parts: State) -> None:
@@ -82,5 +89,10 @@ class PersonalParts:
         """Where the parts of a run lie after so many of its updates have left."""
         if self._folder is None:
             return None
-        run = digest("run", request.attempt.run).hex()
-        return self._folder / request.plan.hash().hex() / run / f"{spent}.safetensors"
+        folder = self._folder / request.plan.hash().hex() / _name(request.attempt.run)
+        return folder / f"{spent}.safetensors"
+
+
+def _name(run: str) -> str:
+    """A run's folder; its name is the coordinator's to choose."""
+    return digest("run", run).hex()

@@ -124,7 +124,7 @@ class RemoteTrainer:
             task.kept = kept[0]  # it is there already
         return self._ask(lambda stub: stub.Train, task, request.adapter, request.plan, read)
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
         """See :meth:`fedward.client.training.Trainer.evaluate`."""
 
         def read(answers: Iterator[wire.Answer]) -> Scores:
@@ -135,7 +135,7 @@ class RemoteTrainer:
                 macro_f1=scores.macro_f1 if scores.HasField("macro_f1") else None,
             )
 
-        task = wire.Task(plan=plan.to_json())
+        task = wire.Task(plan=plan.to_json(), run=run)
         return self._ask(lambda stub: stub.Evaluate, task, adapter, plan, read)
 
     def cancel(self) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -152,20 +152,19 @@ class LocalTrainer:
             finite = np.isfinite(update).all() and np.isfinite(flatten(model)).all()
         if not finite:
             raise ModelError("training gave numbers that are not finite: lower learning_rate")
-        if variates is not None:
-            own = variates.after(update)
-        if own:
-            self._personal.keep(request, own)
+        parts: Mapping[str, Tensor] = own if variates is None else variates.after(update)
+        if parts:
+            self._personal.keep(request, parts)
         return TrainResult(update=update, slots=self._slots(plan, model, stream))
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
         """See :meth:`~fedward.client.training.Trainer.evaluate`."""
         if self._held_out is None or not self._held_out.units:
             raise DataError("this site keeps no held-out records to evaluate on")
         model = self.tuned(plan).model
         load_adapter(model, from_bytes(adapter))
         if plan.tuner.personal:
-            self._personal.put(model, self._personal.newest(plan))
+            self._personal.put(model, self._personal.newest(plan, run))
         found = evaluate(model, self._encode(plan, self._held_out, held_out=True)[1])
         return Scores(loss=found.loss, accuracy=found.accuracy, macro_f1=found.macro_f1)
 

@@ -193,7 +193,8 @@ class TrainerService(rpc.TrainerServicer):
     def _evaluate(self, asked: Iterator[wire.Asked]) -> Iterator[wire.Answer]:
         task, plan = _task(asked)
         trainer = self._trainer(plan, task)
-        scores = trainer.evaluate(plan, _adapter(asked, task, trainer.adapter_sizes(plan)))
+        adapter = _adapter(asked, task, trainer.adapter_sizes(plan))
+        scores = trainer.evaluate(plan, adapter, task.run)
         yield wire.Answer(
             scores=wire.Scores(loss=scores.loss, accuracy=scores.accuracy, macro_f1=scores.macro_f1)
         )

@@ -106,8 +106,8 @@ class Trainer(Protocol):
         """
         ...
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
-        """Evaluate an adapter on the site's own held-out records; stays at the site.
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
+        """Evaluate an adapter of a run on the site's own held-out records; stays at the site.
 
         Raises:
             DataError: There are none, or none fits the plan.

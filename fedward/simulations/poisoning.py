@@ -70,8 +70,8 @@ class _Multiplied:
             update = (result.update * np.float32(self.factor)).astype(np.float32)
         return dataclasses.replace(result, update=update)
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
-        return self.trainer.evaluate(plan, adapter)
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
+        return self.trainer.evaluate(plan, adapter, run)
 
 
 class UnclippedAgent(Agent):

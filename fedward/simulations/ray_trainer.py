@@ -109,9 +109,9 @@ class _Worker:
         except FedwardError as error:
             return Failure(kind=type(error), text=str(error))
 
-    def evaluate(self, site: str, plan: Plan, adapter: bytes) -> Scores | Failure:
+    def evaluate(self, site: str, plan: Plan, adapter: bytes, run: str) -> Scores | Failure:
         try:
-            return self._trainers[site].evaluate(plan, adapter)
+            return self._trainers[site].evaluate(plan, adapter, run)
         except FedwardError as error:
             return Failure(kind=type(error), text=str(error))
 
@@ -128,8 +128,8 @@ class _RayTrainer:
     def train(self, request: TrainRequest) -> TrainResult:
         return self._wait(self._actor.train.remote(self._site, request), TrainResult)
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
-        return self._wait(self._actor.evaluate.remote(self._site, plan, adapter), Scores)
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
+        return self._wait(self._actor.evaluate.remote(self._site, plan, adapter, run), Scores)
 
     def _wait(self, reference: object, kind: type[_Result]) -> _Result:
         """The actor's result, or its error in the driver."""

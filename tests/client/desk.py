@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from flwr.app import RecordDict
 
+from fedward.aggregation.control import next_control, split_control
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.published import SumResult
 from fedward.aggregation.server_optimizer import next_state
@@ -71,7 +72,7 @@ class Scripted:
         update = generator.normal(0, 0.1, dimension(request.layout)).astype(np.float32)
         return TrainResult(update=update, slots=np.zeros(0))
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
         raise self.error or DataError("no held-out records")
 
 
@@ -200,8 +201,10 @@ class Desk:
 
     def commit(self, result: SumResult) -> None:
         """Make the next round's adapter, honestly."""
-        start, moments = vector_of(self.adapter, LAYOUT), moments_of(self.adapter)
+        start = vector_of(self.adapter, LAYOUT)
+        control, moments = split_control(moments_of(self.adapter))
         vector, moments = next_state(start, moments, result.mean, self.plan.aggregation)
+        moments |= next_control(control, result.mean, self.plan, self.roster, result.cohort)
         self.adapter = replace_vector(self.adapter, LAYOUT, vector, moments)
         self.previous = {
             "sum": result.words.tobytes(),

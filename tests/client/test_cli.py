@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fedward.canonical import digest
 from fedward.cli import app
 from fedward.client.approval import Consent
 from fedward.client.enrol import pinned_roster
@@ -316,6 +317,19 @@ def test_a_site_pauses_and_goes_on_and_its_journal_says_so_once(member):
         assert "takes rounds" in member("site resume SITE")
     said = [json.loads(line) for line in member("site journal show --json SITE").splitlines()]
     assert [entry["what"] for entry in said][-2:] == ["paused", "resumed"]
+
+
+def test_a_site_forgets_what_it_kept_of_one_run(member):
+    folder = SiteFolder.load(member.root / "site")
+    kept = [folder.personal / "plan" / digest("run", run).hex() for run in ("one", "two")]
+    for place in kept:
+        place.mkdir(parents=True)
+        (place / "1.safetensors").write_bytes(b"x")
+    assert member.json("site forget one SITE") == {"run": "one", "files": 1}
+    assert [len(list(place.iterdir())) for place in kept] == [0, 1]
+    assert "0 files" in member("site forget one SITE")
+    said = [json.loads(line) for line in member("site journal show --json SITE").splitlines()]
+    assert [(entry["what"], entry["run"]) for entry in said[-2:]] == [("forgets", "one")] * 2
 
 
 def test_a_site_leaves_and_joins_another_federation_with_the_same_books(member):

@@ -183,24 +183,37 @@ class TestTheTrainer:
         assert [file.stem for file in files] == ["2", "3"]
         assert all(file.stat().st_mode & 0o077 == 0 for file in files)
 
+    def test_a_run_is_forgotten_and_no_other(self, base, tmp_path):
+        plan, parts = plan_of(base, "score"), PersonalParts(tmp_path)
+        other = dataclasses.replace(request(plan), attempt=Attempt(run="s", round=1))
+        for asked in (request(plan), request(plan, 2), other):
+            trainer(tmp_path).train(asked)
+        kept = parts.newest(plan, "s")
+        assert parts.forget("r") == 2
+        assert parts.newest(plan, "r") == {}
+        assert parts.newest(plan, "s").keys() == kept.keys() == personal_names(plan)
+        assert parts.forget("r") == 0
+        assert PersonalParts(None).forget("r") == 0
+
     def test_without_a_folder_nothing_is_written(self, base, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         plan = plan_of(base, "score")
         trainer(None).train(request(plan))
         assert not list(tmp_path.iterdir())
-        assert PersonalParts(None).newest(plan) == {}
+        assert PersonalParts(None).newest(plan, "r") == {}
 
     def test_the_sites_own_evaluation_uses_them(self, base, tmp_path):
         plan = plan_of(base, "score")
         records = tiny.make_records("a", 4)
         own = LocalTrainer(records, held_out=records, key=tiny.key("a"), keep=tmp_path)
-        before = own.evaluate(plan, tuned_model(plan).start).loss
+        before = own.evaluate(plan, tuned_model(plan).start, "r").loss
         for number in (1, 2, 3):
             own.train(request(plan, number))
-        after = own.evaluate(plan, tuned_model(plan).start).loss
+        after = own.evaluate(plan, tuned_model(plan).start, "r").loss
         assert after < before
+        assert own.evaluate(plan, tuned_model(plan).start, "another").loss == before
         stranger = LocalTrainer(records, held_out=records, keep=tmp_path / "empty")
-        assert stranger.evaluate(plan, tuned_model(plan).start).loss == before
+        assert stranger.evaluate(plan, tuned_model(plan).start, "r").loss == before
 
 
 def personal_names(plan: Plan) -> Any:

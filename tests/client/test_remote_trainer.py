@@ -73,7 +73,7 @@ def test_an_update_crosses_the_socket_bit_for_bit(base, remote):
         assert (theirs.update.dtype, theirs.slots.dtype) == (np.float32, np.float64)
         assert len(theirs.slots) == 3
     adapter = tuned_model(plan).start
-    assert here.evaluate(plan, adapter) == there.evaluate(plan, adapter)
+    assert here.evaluate(plan, adapter, "r") == there.evaluate(plan, adapter, "r")
 
 
 @pytest.fixture

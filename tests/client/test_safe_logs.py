@@ -120,7 +120,7 @@ class FileTrainer:
         records, _ = site_records(self.source, CLASSIFY)
         return LocalTrainer(records).train(request)
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
         raise ValueError(CANARY)
 
 

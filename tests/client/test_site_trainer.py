@@ -258,5 +258,5 @@ def test_the_command_trains_as_a_child_of_the_agent(base, tmp_path):
     remote.prepare(asked(plan))
     assert np.isfinite(remote.train(asked(plan)).update).all()
     with pytest.raises(DataError):  # it keeps nobody apart
-        remote.evaluate(plan, asked(plan).adapter)
+        remote.evaluate(plan, asked(plan).adapter, "r")
     remote.close()

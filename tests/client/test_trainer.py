@@ -271,9 +271,9 @@ def test_another_layout_or_adapter_than_the_models_is_refused(plan):
 def test_the_sites_own_evaluation_needs_records_of_its_own(plan):
     records = tiny.make_records("a", 3)
     with pytest.raises(DataError, match="no held-out records"):
-        LocalTrainer(records).evaluate(plan, tuned_model(plan).start)
+        LocalTrainer(records).evaluate(plan, tuned_model(plan).start, "r")
     trainer = LocalTrainer(records, held_out=tiny.make_records("b", 2))
-    scores = trainer.evaluate(plan, tuned_model(plan).start)
+    scores = trainer.evaluate(plan, tuned_model(plan).start, "r")
     assert 0 < scores.loss < 5
     assert scores.accuracy in {0.0, 0.25, 0.5, 0.75, 1.0}
 

@@ -270,7 +270,7 @@ class Turning:
         result: TrainResult = (self.before, self.after)[request.attempt.round > 2].train(request)
         return result
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
         raise AssertionError("nobody asks")
 
 

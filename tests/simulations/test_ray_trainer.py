@@ -53,7 +53,7 @@ def test_ray_gives_the_adapter_that_this_process_gives(tmp_path, base):
         with pytest.raises(ModelError):
             trainers["b"].train(dataclasses.replace(request, adapter=b"none"))
         with pytest.raises(DataError, match="no held-out records"):
-            trainers["a"].evaluate(plan, request.adapter)
+            trainers["a"].evaluate(plan, request.adapter, "r")
     assert here == there
 
 

@@ -159,8 +159,8 @@ class Recorder:
         self.results.append(result)
         return result
 
-    def evaluate(self, plan: Plan, adapter: bytes) -> Scores:
-        return self.trainer.evaluate(plan, adapter)
+    def evaluate(self, plan: Plan, adapter: bytes, run: str) -> Scores:
+        return self.trainer.evaluate(plan, adapter, run)
 
 
 def recorders(sites: Mapping[str, Records], *, keyed: bool = True) -> dict[str, Recorder]:
