@@ -50,6 +50,7 @@ class Task:
         rounds: Rounds without privacy.
         steps: Local steps of each; with privacy there is one.
         private_rounds: Rounds with privacy.
+        rows: Most training rows of all sites, taken as whole units and from each site alike.
         ways: Those of :data:`WAYS` that are trained.
         alpha: Concentration of the labels' split in place of the example's; None leaves it.
     """
@@ -62,6 +63,7 @@ class Task:
     rounds: int = 8
     steps: int = 5
     private_rounds: int = 20
+    rows: int = 2500
     ways: tuple[str, ...] = ONE_RANK
     alpha: float | None = None
 
@@ -91,7 +93,7 @@ TASKS = {
     "abstracts-tenth": Task(
         example="med_abstracts", data="med_abstracts", rate=0.02, private_rate=30.0, alpha=0.1
     ),
-    "dolly": Task(example="dolly-sft", data="dolly_fedit", rate=0.005, private_rate=4.0),
+    "dolly": Task(example="dolly-sft", data="dolly_fedit", rate=0.005, private_rate=4.0, rows=1000),
 }
 """Name to task. A score of ``dolly`` is a record's loss, of the others 1 for a right answer."""
 
@@ -104,13 +106,13 @@ class Size:
     """How much a cell does.
 
     Args:
-        rows: Most training rows of all sites, taken as whole units and from each site alike.
+        rows: Most training rows, where the task has not fewer.
         test: Most test units.
-        rounds: Most rounds.
+        rounds: Most rounds, where the task has not fewer.
     """
 
     rows: int = 2500
-    test: int = 100_000
+    test: int = 1500
     rounds: int = 1000
 
 
@@ -233,7 +235,7 @@ class Grid:
             spare=0,
             steps=1 if private else task.steps,
             sampling_rate=0.1,
-            normaliser=self._size.rows / sites * 0.1,
+            normaliser=self._rows(task) / sites * 0.1,
             learning_rate=rate or (task.private_rate if private else task.rate),
             optimizer="sgd" if private else "adamw",
             deadline="10m",
@@ -280,11 +282,13 @@ class Grid:
         """The task's sites, each with the same share of its units."""
         case = freeze_case(self._example(name), self._data / TASKS[name].data)
         rows = sum(len(records.rows) for records in case.sites.values())
-        sites = {
-            name: _part(records, self._size.rows / rows) for name, records in case.sites.items()
-        }
+        share = self._rows(TASKS[name]) / rows
+        sites = {name: _part(records, share) for name, records in case.sites.items()}
         test = select(case.test, range(min(self._size.test, len(case.test.units))))
         return dataclasses.replace(case, sites=sites, test=test)
+
+    def _rows(self, task: Task) -> int:
+        return min(task.rows, self._size.rows)
 
     @staticmethod
     def _scores(plan: Plan, adapter: bytes, test: Records) -> Any:  # noqa: ANN401  # a float each
