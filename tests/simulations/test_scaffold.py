@@ -171,6 +171,23 @@ def test_a_federation_is_the_papers(tmp_path, base, count, sections):
     check(tmp_path, plan, sites, adapter)
 
 
+def test_beside_a_server_optimizer_and_narrow_words(tmp_path, base):
+    """The adapter is another than the paper's; the shared control variate is the sites' mean."""
+    settings = Aggregation(update_clip=2.0, optimizer="adam", word_bits=16)
+    plan, sites = plan_of(base, aggregation=settings), uneven(3)
+    trainers = make_trainers(sites, tmp_path / "keep")
+    adapter = tiny.make_federation(tmp_path, plan, trainers).run()
+    moments = moments_of(adapter)
+    assert sorted(moments) == [CONTROL, "first", "second"]
+    own = [kept(tmp_path, tmp_path / "keep", i, name) for i, name in enumerate(sites)]
+    assert all(each is not None and each.any() for each in own)
+    mean = np.mean([each for each in own if each is not None], axis=0)
+    off = float(np.linalg.norm(moments[CONTROL] / 3 - mean))
+    # Each of three rounds rounds an update of three sites to a 2^15th of update_clip or finer.
+    assert 0 < off < 3 * 3 * 2.0 / 2**15 * np.sqrt(len(mean)) / (STEPS * RATE)
+    assert float(np.linalg.norm(moments[CONTROL] / 3 - mean / 2)) > 10 * off, "negative control"
+
+
 @pytest.mark.parametrize("count", [3, 4], ids=["tried-again", "goes-on"])
 @pytest.mark.parametrize("lost", [False, True], ids=["killed", "answer-lost"])
 def test_an_update_that_is_in_no_sum_moves_no_control_variate(tmp_path, base, count, lost):
