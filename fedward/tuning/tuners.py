@@ -131,12 +131,7 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
     """
     configuration, outer = _configuration(plan), _outer_layers(base)
     _check_room(base, configuration, plan)
-    if plan.tuner.method in {"prompt", "p-tuning"} and "score" in dict(base.named_children()):
-        # Beside vectors they see no token, so that a row's end would be that of the batch.
-        raise ConfigurationError(
-            f"[tuner] {plan.tuner.method!r} with 'classify' needs an encoder like BERT: what "
-            "classifies by an example's last token does not find it behind vectors; use 'prefix'"
-        )
+    check_last_token(base, plan.tuner.method)
     try:
         # PEFT draws some starts from torch's generator: all sites draw the same numbers.
         with without_peft_noise(), torch.random.fork_rng():
@@ -153,6 +148,22 @@ def attach(base: PreTrainedModel, plan: Plan) -> PeftModel:
             _start(parameter, name, plan)
     _check_personal(model, plan)
     return model
+
+
+def check_last_token(base: PreTrainedModel, method: str) -> None:
+    """Refuse vectors before the input of a model that judges an example by its last token.
+
+    Beside vectors it sees no token, so that a row's end would be that of the batch.
+
+    Raises:
+        ConfigurationError: With what to use instead.
+    """
+    if method in {"prompt", "p-tuning"} and "score" in dict(base.named_children()):
+        raise ConfigurationError(
+            f"[tuner] {method!r} under a head for classes or rewards needs an encoder like BERT: a "
+            "decoder judges by an example's last token, which it does not find behind vectors; "
+            "use 'prefix'"
+        )
 
 
 def _check_room(base: PreTrainedModel, configuration: PeftConfig, plan: Plan) -> None:

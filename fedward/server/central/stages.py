@@ -24,7 +24,7 @@ from fedward.server.central.unfreezing import Unfreeze
 from fedward.tuning.experts import part_of, train_only
 from fedward.tuning.methods import LORAPLUS, METHODS, peft_config, without_peft_noise
 from fedward.tuning.models import HEADS, open_config, open_weights, quiet
-from fedward.tuning.tuners import trainable
+from fedward.tuning.tuners import check_last_token, trainable
 
 
 def kind_of(step: Step) -> Kind:
@@ -76,6 +76,7 @@ def build(
     model, tokenizer = (
         open_base(start, step.model, kind, _labels(step, train)) if tuned is None else tuned
     )
+    check_last_token(model, step.tuner.method)
     given = _extra(step, start, judge, teacher)
     if tuned is not None:
         config = None

@@ -3,6 +3,7 @@
 The default suite takes a sample of the grid; the slow test takes all of it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedward.errors import ConfigurationError
+from fedward.server.central import stages
 from fedward.server.central.checkpoints import training_state
 from fedward.server.central.job import REWARDED, STAGES, Reward
 from fedward.server.central.loading import open_trained
@@ -18,8 +21,9 @@ from fedward.server.central.stages import build, kind_of
 from fedward.server.central.validity import BASES, refusal
 from fedward.tuning.methods import METHODS
 from fedward.tuning.models import fingerprint
+from fedward.tuning.small import build_bert, build_tokenizer
 from fedward.tuning.tuners import trainable
-from tests.server.central.rig import build_base, build_experts, make_step
+from tests.server.central.rig import WORDS, build_base, build_experts, make_step
 
 SAMPLE = [
     ("sft", "lora", "none"),
@@ -48,9 +52,22 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A dense model, and a mixture of experts."""
+    """A dense model, a mixture of experts, and an encoder."""
     folder = tmp_path_factory.mktemp("bases")
-    return build_base(folder / "dense"), build_experts(folder / "experts")
+    tokenizer = build_tokenizer([f"sign {word} is {word} none" for word in WORDS] * 4, 300)
+    return {
+        "dense": build_base(folder / "dense"),
+        "experts": build_experts(folder / "experts"),
+        "encoder": build_bert(folder / "encoder", tokenizer, layers=1, heads=2, max_length=64),
+    }
+
+
+def fit(bases: Mapping[str, Path], stage: str, method: str) -> Path:
+    """A base that the cell can be trained over."""
+    if METHODS[method].part is not None:
+        return bases["experts"]
+    behind = stage in {"classify", "reward"} and method in {"prompt", "p-tuning"}
+    return bases["encoder" if behind else "dense"]
 
 
 @torch.no_grad()
@@ -104,10 +121,32 @@ def check_cell(base: Path, folder: Path, stage: str, method: str, quantize: str)
 
 @pytest.mark.parametrize(("stage", "method", "quantize"), SAMPLE)
 def test_a_cell_of_the_grid(bases, tmp_path, stage, method, quantize):
-    check_cell(bases[METHODS[method].part is not None], tmp_path, stage, method, quantize)
+    check_cell(fit(bases, stage, method), tmp_path, stage, method, quantize)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "method", "quantize"), GRID)
 def test_every_cell_of_the_grid(bases, tmp_path, stage, method, quantize):
-    check_cell(bases[METHODS[method].part is not None], tmp_path, stage, method, quantize)
+    check_cell(fit(bases, stage, method), tmp_path, stage, method, quantize)
+
+
+@pytest.mark.parametrize("stage", ["classify", "reward"])
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
+def test_a_decoder_does_not_judge_behind_vectors(bases, tmp_path, stage, method):
+    step = make_step(bases["dense"], tmp_path, stage, method)
+    with pytest.raises(ConfigurationError, match="needs an encoder"):
+        build(step, bases["dense"], tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("method", ["p-tuning", "prefix"])
+def test_what_judges_is_the_same_behind_padding(bases, tmp_path, monkeypatch, method):
+    """Why: the control is the decoder's own reward under the method that is refused."""
+    monkeypatch.setattr(stages, "check_last_token", lambda *_: None)
+    step = make_step(bases["dense"], tmp_path, "reward", method)
+    model = build(step, bases["dense"], tmp_path / "checkpoints").model.eval()
+    ids, padded = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 0, 0]])
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        beside = model(input_ids=padded, attention_mask=(padded > 0).long()).logits
+    near = torch.allclose(alone, beside, atol=1e-5)
+    assert near == (method == "prefix")
