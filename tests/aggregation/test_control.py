@@ -53,7 +53,7 @@ def test_it_is_the_sum_of_what_sites_have_whoever_takes_part(plan):
         for i in cohort:
             own[i] = own[i] - shared - updates[i] / LENGTH
         whole = sum(weights[str(i)] for i in cohort)
-        mean = sum(weights[str(i)] * updates[i] for i in cohort) / whole
+        mean = np.sum([weights[str(i)] * updates[i] for i in cohort], axis=0) / whole
         control = next_control(control, mean, plan, among, cohort)[CONTROL]
         total = sum(weights[str(i)] * own[i] for i in range(members))
         np.testing.assert_allclose(control, total, atol=1e-5)

@@ -53,6 +53,20 @@ def test_room_is_exactly_what_is_admitted(ledger, event, before):
     assert ledger.room([event], most=60) == 0
 
 
+def test_updates_that_left_are_numbered_and_no_others(ledger):
+    ledger.open_run("one", PLAN, LOCAL, 8)
+    lost, first, second = (Attempt(run="one", round=1, attempt=n) for n in (1, 2, 3))
+    for attempt in (lost, first, second):
+        ledger.reserve(attempt)  # takes over from the one before
+        if attempt is not lost:
+            ledger.mark_sent(attempt)
+    spent = Attempt(run="one", round=2)
+    ledger.reserve(spent)
+    found = [ledger.sent_number(each) for each in (lost, first, second, spent)]
+    assert found == [0, 1, 2, 0]
+    assert ledger.sent_number(dataclasses.replace(first, run="two")) == 0
+
+
 def test_an_open_run_leaves_less_room_than_what_it_has_spent(ledger):
     ledger.open_run("one", PLAN, LOCAL, 8)
     spend(ledger, "one", 3)

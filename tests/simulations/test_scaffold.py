@@ -253,7 +253,7 @@ def pieces(vector: npt.NDArray[np.float32]) -> Iterator[bytes]:
 def test_what_leaves_is_the_update_alone(tmp_path, base):
     """With privacy: as many bytes and as much epsilon as without, and no c_i in any letter."""
     private = tiny.make_plan(base).privacy
-    spent = []
+    spent, crossed = [], b""
     for scaffold in (True, False):
         plan = plan_of(base, privacy=private, rounds={"scaffold": scaffold})
         folder, seen = tmp_path / str(scaffold), list[Message]()
