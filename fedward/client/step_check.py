@@ -1,5 +1,6 @@
 """A check, before anything is reserved, that a plan's model can be trained privately at all."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,11 +12,26 @@ from fedward.errors import ModelError, UncoveredParameters
 from fedward.plan import Plan
 from fedward.privacy.coverage import Coverage, coverage
 from fedward.privacy.probe import check_independence
-from fedward.tuning.objectives import collate, encoded_as, loss_per_example, made_up
-from fedward.tuning.tuned import tuned_model
+from fedward.tuning.objectives import Encoded, collate, encoded_as, loss_per_example, made_up
+from fedward.tuning.tuned import tuned_model, with_reference
 
 _LOG = logging.getLogger(__name__)
 _LENGTHS = (3, 5, 8)
+
+
+def _off_reference(encoded: Encoded) -> Encoded:
+    """The examples of ``dpo`` and ``kto`` about one step from their reference, each another one.
+
+    Far from it their losses are flat, and hide what records do to each other's gradients; right at
+    it all have moved alike, and a mean over the batch is what each has alone.
+    """
+    if encoded.beta is None:
+        return encoded
+    moved = (
+        dataclasses.replace(example, reference=example.reference - (number + 1) / 2 / encoded.beta)
+        for number, example in enumerate(encoded.examples)
+    )
+    return dataclasses.replace(encoded, examples=tuple(moved))
 
 
 @lru_cache(maxsize=16)
@@ -42,6 +58,7 @@ def check_step(plan: Plan, device: str = "cpu") -> Coverage:
         return loss_per_example(model, collate(encoded, indices, device))
 
     try:
+        encoded = _off_reference(with_reference(tuned, encoded))
         with torch.no_grad():
             loss(tuned.model, [len(_LENGTHS)])
     except (IndexError, RuntimeError) as error:

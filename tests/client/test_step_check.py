@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from fedward.client.step_check import check_step
 from fedward.client.trainer import LocalTrainer
 from fedward.errors import ModelError
-from fedward.plan import Model, Task, Tuner
+from fedward.plan import Data, Model, Task, Tuner
 from fedward.tuning.models import fingerprint
+from fedward.tuning.objectives import preference_loss, scores
 from fedward.tuning.tuned import tuned_model
 from tests.client.test_trainer import request
 from tests.simulations import tiny
@@ -26,6 +27,29 @@ def fresh():
     yield
     for cache in (check_step, tuned_model):
         cache.cache_clear()
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["in the loss", "in gradients alone"])
+@pytest.mark.parametrize("beta", [0.01, 0.1, 10.0])
+def test_a_reference_point_that_is_a_mean_over_the_batch_is_found(
+    base, fresh, monkeypatch, beta, hidden
+):
+    """As in TRL's kto; wherever it is hidden, and however hard the reference holds."""
+
+    def coupled(model: Any, batch: Any) -> torch.Tensor:
+        found = scores(model, batch)
+        mean = (found - batch["reference"]).mean()
+        shifted = found - (mean - mean.detach() if hidden else mean.detach())
+        return preference_loss(shifted, batch)
+
+    data = Data(unit="patient", prompt="text", completion="answer", label="good")
+    task = Task(objective="kto", beta=beta, max_length=16)
+    plan = tiny.make_plan(base, task=task, data=data)
+    check_step(plan)
+    check_step.cache_clear()
+    monkeypatch.setattr("fedward.client.step_check.loss_per_example", coupled)
+    with pytest.raises(ModelError, match="cannot be trained privately"):
+        check_step(plan)
 
 
 @pytest.mark.parametrize("objective", ["classify", "sft"])
