@@ -7,7 +7,7 @@ cell with secure aggregation. A cell's scores of every test row are kept as soon
 a finished cell is never run again.
 
     python benchmarks/federation.py --list                # what there is, and what is done
-    python benchmarks/federation.py --markdown            # everything
+    python benchmarks/federation.py --markdown --plot docs/federation.svg    # everything
     python benchmarks/federation.py --tune --cells 'dolly.0.*fedavg'   # the rates that were tried
     python benchmarks/federation.py --quick --json        # toy cells, under two minutes
 """
@@ -19,10 +19,20 @@ import fedward  # noqa: F401  # switches telemetry off before any library loads
 import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
-from reporting import choose, grid_options, report_cells, results_folder, show, work_through
+from reporting import (
+    choose,
+    finished,
+    grid_options,
+    report_cells,
+    results_folder,
+    show,
+    work_through,
+)
 from scheme_grid import tables
 from scheme_grid.cells import Cell, Grid, Size, grid
+from scheme_grid.plot import plot
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "flwr")
 QUICK = Size(rows=600, test=60, rounds=2)
@@ -48,6 +58,7 @@ def main() -> None:
     """Read the options, run what is missing and report."""
     parser = grid_options(__doc__, "out/benchmarks/federation")
     parser.add_argument("--tune", action="store_true", help="try learning rates, keep nothing")
+    parser.add_argument("--plot", type=Path, help="draw the figure: a file .svg or .png")
     options = parser.parse_args()
     with results_folder(parser, options, PACKAGES) as folder:
         results = Grid(folder, options.data, QUICK if options.quick else Size())
@@ -61,6 +72,8 @@ def main() -> None:
             print("accuracy (dolly: loss) on the test rows, mean over seeds; differences with 95 %")
             print("paired intervals over the test rows, of these trainings and no others")
             report_cells(results, grid(), options, PACKAGES, tables)
+            if options.plot is not None:
+                plot(finished(results, grid()), options.plot)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ PAIRS = (
 """Ways whose difference is reported."""
 
 
-def _of(done: Results, way: str, setting: Setting, seeds: Sequence[int]) -> list[Mapping[str, Any]]:
+def cells_of(
+    done: Results, way: str, setting: Setting, seeds: Sequence[int] = SEEDS
+) -> list[Mapping[str, Any]]:
+    """What a way's finished cells found, by seed."""
     task, epsilon = setting
     names = [Cell(task=task, way=way, epsilon=epsilon, seed=seed).name for seed in seeds]
     return [done[name] for name in names if name in done]
@@ -45,7 +48,7 @@ def _both(done: Results, one: str, other: str, setting: Setting) -> list[int]:
     return [
         seed
         for seed in SEEDS
-        if _of(done, one, setting, [seed]) and _of(done, other, setting, [seed])
+        if cells_of(done, one, setting, [seed]) and cells_of(done, other, setting, [seed])
     ]
 
 
@@ -57,13 +60,14 @@ def _difference(
     if not seeds:
         return None
     ours, theirs = (
-        np.mean([cell["scores"] for cell in _of(done, way, setting, seeds)], axis=0)
+        np.mean([cell["scores"] for cell in cells_of(done, way, setting, seeds)], axis=0)
         for way in (one, other)
     )
     return paired_interval(ours, theirs)
 
 
-def _name(setting: Setting) -> str:
+def setting_name(setting: Setting) -> str:
+    """The task and its privacy, for readers."""
     task, epsilon = setting
     return f"{task}, " + (f"epsilon {epsilon:g}" if math.isfinite(epsilon) else "no privacy")
 
@@ -73,14 +77,14 @@ def sentences(done: Results) -> list[str]:
     lines = []
     for setting in SETTINGS:
         for way in WAYS:
-            means = [cell["mean"] for cell in _of(done, way, setting, SEEDS)]
+            means = [cell["mean"] for cell in cells_of(done, way, setting)]
             if means:
                 each = ", ".join(f"{mean:.3f}" for mean in means)
-                lines.append(f"{_name(setting)}, {way}: {np.mean(means):.3f} ({each})")
+                lines.append(f"{setting_name(setting)}, {way}: {np.mean(means):.3f} ({each})")
         for one, other in PAIRS:
             found = _difference(done, one, other, setting)
             if found is not None:
-                lines.append(f"{_name(setting)}, {one} - {other}: {_interval(found)}")
+                lines.append(f"{setting_name(setting)}, {one} - {other}: {_interval(found)}")
     return lines
 
 
@@ -92,7 +96,7 @@ def figures(done: Results) -> dict[str, Any]:
         prefix = "" if task == "medquad" else f"{task}."
         prefix += "" if math.isinf(epsilon) else f"epsilon_{epsilon:g}."
         for way in WAYS:
-            means = [cell["mean"] for cell in _of(done, way, setting, SEEDS)]
+            means = [cell["mean"] for cell in cells_of(done, way, setting)]
             named |= {f"{prefix}{way}": means} if means else {}
         for one, other in PAIRS:
             found = _difference(done, one, other, setting)
@@ -111,7 +115,7 @@ def markdown(done: Results) -> str:
     ]
     for setting in SETTINGS:
         for way in WAYS:
-            cells = _of(done, way, setting, SEEDS)
+            cells = cells_of(done, way, setting)
             if cells:
                 means = [cell["mean"] for cell in cells]
                 each = ", ".join(f"{mean:.3f}" for mean in means)
@@ -119,13 +123,13 @@ def markdown(done: Results) -> str:
                 up = f"{np.median(sent):.0f}" if sent else ""
                 seconds = f"{np.median([cell['seconds'] for cell in cells]):.0f}"
                 score = f"{np.mean(means):.3f} ({each})"
-                lines.append(f"| {_name(setting)} | {way} | {score} | {up} | {seconds} |")
+                lines.append(f"| {setting_name(setting)} | {way} | {score} | {up} | {seconds} |")
     lines += ["", "| task, privacy | difference | [95 % paired] |", "|---|---|---|"]
     for setting in SETTINGS:
         for one, other in PAIRS:
             found = _difference(done, one, other, setting)
             if found is not None:
-                lines.append(f"| {_name(setting)} | {one} - {other} | {_interval(found)} |")
+                lines.append(f"| {setting_name(setting)} | {one} - {other} | {_interval(found)} |")
     return "\n".join(lines)
 
 
