@@ -3,7 +3,8 @@
 Personal parts are trained by the same clipped and noised steps as what is sent, and what is sent
 next depends on them. So they may only go on from a training that the ledger has charged: parts are
 kept under the number of updates of the run that have left, and a training whose update never left
-is forgotten together with its parts.
+is forgotten together with its parts. SCAFFOLD's control variate is kept alike, and goes on from the
+last update that is in a committed sum.
 """
 
 import logging

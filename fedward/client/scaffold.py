@@ -43,11 +43,11 @@ class Variates:
         for vector in (self._shared, self._own):
             if vector.shape != shape:
                 raise ModelError(f"expected a control variate of shape {shape}, got {vector.shape}")
+        self._correction = torch.from_numpy(self._shared - self._own)
 
     def correct(self, parameters: Sequence[Tensor]) -> None:
         """Add c - c_i to the gradients of the trained parameters, in the layout's order."""
-        correction = torch.from_numpy(self._shared - self._own)
-        parts = correction.split_with_sizes([parameter.numel() for parameter in parameters])
+        parts = self._correction.split_with_sizes([parameter.numel() for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(part.view(parameter.shape).to(parameter.grad))

@@ -59,7 +59,7 @@ class LocalTrainer:
             memory, not the update.
         model: The base model's folder, in place of the plan's path.
         on_step: Called after each step with its number from 1; what it raises ends the training.
-        keep: Folder of the personal parts of plans that have some.
+        keep: Folder of the personal parts or control variates of plans that have some.
     """
 
     def __init__(
