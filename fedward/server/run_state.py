@@ -131,7 +131,8 @@ class Fold:
             found = [gate[key] for key in ("lowest", "after") if gate.get(key) is not None]
             self._lowest = min([self._lowest, *found])
             _, session, number = event.attempt.order
-            self._counted |= dict.fromkeys(facts["cohort"], event.attempt.order)
+            now = dict.fromkeys(facts["cohort"], event.attempt.order)
+            self._counted = self._counted | now
             self._previous = {
                 "cohort": canonical_json(facts.get("groups", facts["cohort"])),
                 "attempt": canonical_json(number if session == 1 else [session, number]),
