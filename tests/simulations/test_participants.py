@@ -8,6 +8,7 @@ import pytest
 
 from fedward.aggregation.participants import asked_sites
 from fedward.attempt import Attempt
+from fedward.client.trainer import LocalTrainer
 from fedward.plan import Plan, Tuner
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.server.store import Phase
@@ -125,7 +126,7 @@ def test_personal_parts_of_a_site_that_sat_out_go_on_from_its_last_charged_ones(
     )
     plan = dataclasses.replace(plan, rounds=dataclasses.replace(plan.rounds, count=5))
     trainers = {
-        name: tiny.LocalTrainer(records, key=tiny.key(name), keep=tmp_path / "personal" / name)
+        name: LocalTrainer(records, key=tiny.key(name), keep=tmp_path / "personal" / name)
         for name, records in SITES.items()
     }
     federation = tiny.make_federation(tmp_path, plan, trainers)

@@ -1,6 +1,7 @@
 """The invariants I1 to I9, checked on what a run of the laboratory left behind.
 
-I1  what the coordinator may hold of a site is spent in the site's ledger, before it leaves
+I1  what the coordinator may hold of a site is spent in the site's ledger, before it leaves; nothing
+    is reserved for an attempt that does not ask the site
 I2  a site counts at most once a round
 I3  the adapter is bit for bit the one that the same cohorts give without a fault
 I4  a committed round is whole and stays
@@ -11,6 +12,7 @@ I8  nothing is shown as running without a fresh sign of life
 I9  a mask covers one byte string
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,12 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from fedward.aggregation.fixed_point import clip_update
 from fedward.aggregation.packing import pack, unpack, weighed
+from fedward.aggregation.participants import asked_sites
 from fedward.aggregation.planned import planned_session
+from fedward.aggregation.rules import Rule
 from fedward.aggregation.schemes import next_vector
 from fedward.aggregation.transcript import task_hash
+from fedward.aggregation.two_pass import Second, rebuild
 from fedward.attempt import Attempt
 from fedward.client.journal import verify_journal
 from fedward.client.training import TrainRequest
@@ -40,7 +45,7 @@ from fedward.simulations.faults.schedule import COORDINATOR
 from fedward.simulations.faults.trainer import FixedTrainer
 from fedward.simulations.faults.watch import CANARY
 from fedward.simulations.faults.world import World
-from fedward.tuning.vector import dimension, replace_vector, vector_of
+from fedward.tuning.vector import Vector, replace_vector, vector_of
 
 HEALING_SECONDS = 240.0
 """Within this time after the last fault a run has to have ended."""
@@ -105,9 +110,13 @@ def _spent(world: World, _: list[Event]) -> Iterator[str]:
             or len(spent) > world.plan.rounds.count + world.plan.rounds.spare
         ):
             yield f"site-{site.number} settled {spent}"
-        outputs = {left.attempt.order for left in _masked(world) if left.site == site.number}
+        inputs = [left.attempt for left in _masked(world) if left.site == site.number]
+        outputs = {ground.paid_by(world.plan, attempt).order for attempt in inputs}
         if not outputs <= set(spent):
             yield f"site-{site.number} sent {outputs - set(spent)}, its ledger says {spent}"
+        for attempt in site.reserved():
+            if site.number not in asked_sites(world.plan, ground.ROSTER, attempt):
+                yield f"site-{site.number} reserved for {attempt.order}, which does not ask it"
 
 
 def _counted_once(world: World, events: list[Event]) -> Iterator[str]:
@@ -126,11 +135,12 @@ def _counted_once(world: World, events: list[Event]) -> Iterator[str]:
 
 def _same_adapter(world: World, _: list[Event]) -> Iterator[str]:
     """Plain arithmetic over the cohorts, in place of the whole protocol."""
-    adapter = ground.START
+    adapter = ground.start_of(world.plan)
     for attempt, facts in world.watch.committed():
-        expected, total = _without_faults(world, attempt, facts["cohort"], adapter)
-        if world.watch.blob(facts["sum"]) != total:
-            yield f"round {attempt.round}: the sum is not that of {facts['cohort']}"
+        expected, sums = _without_faults(world, attempt, facts["cohort"], adapter)
+        for name, data in sums.items():
+            if world.watch.blob(facts[name]) != data:
+                yield f"round {attempt.round}: its {name} is not that of {facts['cohort']}"
         adapter = world.watch.blob(facts["adapter"])
         if adapter != expected:
             yield f"round {attempt.round}: the adapter is not what its cohort gives"
@@ -138,30 +148,56 @@ def _same_adapter(world: World, _: list[Event]) -> Iterator[str]:
 
 def _without_faults(
     world: World, attempt: Attempt, cohort: list[int], adapter: bytes
-) -> tuple[bytes, bytes]:
-    """The next adapter and the sum's words, from the sites' keys."""
-    plan, length = world.plan, dimension(ground.LAYOUT)
+) -> tuple[bytes, dict[str, bytes]]:
+    """The next adapter and what is published, from the sites' keys."""
+    plan, layout = world.plan, ground.layout_of(world.plan)
+    rule = Rule(settings=plan.aggregation, layout=layout, attempt=attempt)
     hashed = task_hash(adapter, plan.hash(), plan.aggregation.scheme)
-    parameters = planned_session(plan, ground.ROSTER, attempt, task_hash=hashed, dimension=length)
+    start = vector_of(adapter, layout)
+    first = dataclasses.replace(rule, attempt=ground.paid_by(plan, attempt))
+    mean, total = _sum(world, first, cohort, adapter, hashed)
+    if not rule.again:
+        return replace_vector(adapter, layout, next_vector(start, mean)), {"sum": total}
+    basis, hashed = first.basis(mean), world.history.task_hashes[attempt.order]
+    again, last = _sum(world, rule, cohort, adapter, hashed, basis)
+    vector = rebuild(start, mean, layout, Second(basis=basis, mean=again))
+    published = {"first": total, "basis": basis.tobytes(), "sum": last}
+    return replace_vector(adapter, layout, vector), published
+
+
+def _sum(
+    world: World,
+    rule: Rule,
+    cohort: list[int],
+    adapter: bytes,
+    hashed: bytes,
+    basis: Vector | None = None,
+) -> tuple[npt.NDArray[np.float64], bytes]:
+    """Mean and words of one session's sum."""
+    plan, attempt = world.plan, rule.attempt
+    paid = ground.paid_by(plan, attempt)
+    parameters = planned_session(
+        plan,
+        ground.ROSTER,
+        attempt,
+        task_hash=hashed,
+        dimension=rule.words,
+        cohort=() if basis is None else tuple(cohort),
+    )
     total = np.zeros(parameters.words, dtype=parameters.grid.dtype)
     for site in cohort:
         draw = sum(
-            order[:2] == attempt.order[:2] and order < attempt.order
-            for order in world.sites[site].sent()
+            order[:2] == paid.order[:2] and order < paid.order for order in world.sites[site].sent()
         )
         result = FixedTrainer(site).train(
-            TrainRequest(
-                plan=plan, attempt=attempt, draw=draw, adapter=adapter, layout=ground.LAYOUT
-            )
+            TrainRequest(plan=plan, attempt=paid, draw=draw, adapter=adapter, layout=rule.layout)
         )
         position = f"{attempt.round}/{attempt.session}/{draw}"
         stream = SecureStream(ground.key_of(site))
         stream = stream.child("rounding", attempt.run, position, hashed)
-        update = weighed(clip_update(result.update, plan.aggregation.update_clip), parameters, site)
+        update = weighed(rule.to_send(result.update, basis), parameters, site)
         total += pack(update, result.slots, parameters, stream)
-    mean = unpack(total, parameters)[0] / parameters.divisor(cohort)
-    vector = next_vector(vector_of(adapter, ground.LAYOUT), mean)
-    return replace_vector(adapter, ground.LAYOUT, vector), total.tobytes()
+    return unpack(total, parameters)[0] / parameters.divisor(cohort), total.tobytes()
 
 
 def _ended(world: World, events: list[Event]) -> Iterator[str]:

@@ -1,7 +1,11 @@
 """What stays the same in every run of the laboratory: plan, policy, keys and the first adapter."""
 
+from dataclasses import replace
+
 import numpy as np
 
+from fedward.aggregation.rules import Rule
+from fedward.attempt import Attempt
 from fedward.client.policy import Policy
 from fedward.identity import Identity, Member, Roster
 from fedward.plan import Data, Model, Plan, Privacy, Rounds
@@ -48,6 +52,27 @@ LAYOUT: Layout = (("a", (4,)), ("b", (2, 3)))
 START = replace_vector(
     b"\x02\0\0\0\0\0\0\0{}", LAYOUT, np.arange(dimension(LAYOUT), dtype=np.float32)
 )
+_PAIR: Layout = (("head", (3,)), ("x.lora_A.weight", (2, 5)), ("x.lora_B.weight", (6, 2)))
+
+
+def layout_of(plan: Plan) -> Layout:
+    """The trained tensors of a run: under ``sketch`` there is a LoRA layer among them."""
+    return _PAIR if plan.aggregation.scheme == "sketch" else LAYOUT
+
+
+def start_of(plan: Plan) -> bytes:
+    """The first adapter of a run."""
+    if (layout := layout_of(plan)) is LAYOUT:
+        return START
+    first = np.linspace(-1, 1, dimension(layout), dtype=np.float32)
+    return replace_vector(b"\x02\0\0\0\0\0\0\0{}", layout, first)
+
+
+def paid_by(plan: Plan, attempt: Attempt) -> Attempt:
+    """The attempt whose reservation pays for an input: a second pass has the first one's."""
+    rule = Rule(settings=plan.aggregation, layout=layout_of(plan), attempt=attempt)
+    return replace(attempt, session=attempt.session - 1) if rule.again else attempt
+
 
 COORDINATOR_KEY = Identity(bytes([99]) * 32)
 SITE_KEYS = tuple(Identity(bytes([site + 1]) * 32) for site in range(SITES))

@@ -41,6 +41,7 @@ class History:
         last_fault: When the last fault ended, virtual seconds.
         ended: When the run had ended, virtual seconds; None if it had not.
         leaks: Where a patient's words were seen outside of their site.
+        task_hashes: What the coordinator's session of each attempt started from, by its parameters.
     """
 
     lines: list[tuple[float, str]] = field(default_factory=list)
@@ -50,3 +51,4 @@ class History:
     last_fault: float = 0.0
     ended: float | None = None
     leaks: list[str] = field(default_factory=list)
+    task_hashes: dict[tuple[int, int, int], bytes] = field(default_factory=dict)

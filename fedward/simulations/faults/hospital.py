@@ -136,6 +136,14 @@ class Hospital:
             if e["kind"] == "sent"
         ]
 
+    def reserved(self) -> list[Attempt]:
+        """The attempts that its ledger has reserved for, in order."""
+        return [
+            Attempt(run=e["run"], round=e["round"], session=e["session"], attempt=e["attempt"])
+            for e in self.entries("ledger.jsonl")
+            if e["kind"] == "reserve"
+        ]
+
     def entries(self, name: str) -> list[dict[str, Any]]:
         """The entries of one of its chains, as they lie on the disk."""
         path = self.folder.root / name

@@ -4,7 +4,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedward.plan import Plan
 from fedward.simulations.faults.checker import Violation, check
+from fedward.simulations.faults.ground import PLAN
 from fedward.simulations.faults.history import History
 from fedward.simulations.faults.schedule import Fault, random_schedule
 from fedward.simulations.faults.world import World
@@ -47,24 +49,26 @@ class Outcome:
         )
 
 
-def run_seed(seed: int) -> Outcome:
+def run_seed(seed: int, plan: Plan = PLAN) -> Outcome:
     """Run the schedule that belongs to a seed, in a temporary folder.
 
     Args:
         seed: 0 or more.
+        plan: The run's.
     """
-    return run_schedule(random_schedule(seed), seed)
+    return run_schedule(random_schedule(seed), seed, plan)
 
 
-def run_schedule(schedule: tuple[Fault, ...], seed: int = 0) -> Outcome:
+def run_schedule(schedule: tuple[Fault, ...], seed: int = 0, plan: Plan = PLAN) -> Outcome:
     """Run a schedule, in a temporary folder.
 
     Args:
         schedule: What goes wrong; empty: nothing.
         seed: Of delays and losses.
+        plan: The run's.
     """
     with tempfile.TemporaryDirectory(prefix="fedward-") as folder:
-        world = World(Path(folder) / "world", seed)
+        world = World(Path(folder) / "world", seed, plan)
         try:
             for fault in schedule:
                 world.arm(fault)

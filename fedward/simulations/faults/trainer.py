@@ -22,7 +22,7 @@ from fedward.client.training import TrainRequest, TrainResult
 from fedward.errors import FedwardError
 from fedward.plan import Plan
 from fedward.privacy.planned import training_event
-from fedward.simulations.faults.ground import LAYOUT, START, key_of
+from fedward.simulations.faults.ground import key_of, layout_of, start_of
 from fedward.tuning.records import Records
 from fedward.tuning.tuned import Tuned
 from fedward.tuning.vector import dimension
@@ -46,8 +46,8 @@ class FixedTrainer(LocalTrainer):
         return Tuned(
             model=cast("PeftModel", None),
             tokenizer=cast("PreTrainedTokenizerBase", None),
-            start=START,
-            layout=LAYOUT,
+            start=start_of(plan),
+            layout=layout_of(plan),
         )
 
     def prepare(self, request: TrainRequest) -> None:

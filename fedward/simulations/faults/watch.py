@@ -10,6 +10,8 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
+from fedward.aggregation.parameters import SessionParameters
+from fedward.aggregation.participants import another_sample_has
 from fedward.attempt import Attempt
 from fedward.client.pulse import FRESH_SECONDS
 from fedward.client.status import site_status
@@ -73,6 +75,10 @@ class Watch:
         asked = open_letter(message.content, ground.ROSTER.coordinator, "coordinator")
         letter = open_letter(reply.content, ground.ROSTER.key(site.number), "site")
         words = letter.parts.get("words", b"")
+        if asked.action == "hello":
+            parameters = SessionParameters.from_bytes(asked.part("message"))
+            self._history.task_hashes[asked.attempt.order] = parameters.task_hash
+        paid = ground.paid_by(self._plan, letter.attempt)
         self._history.left.append(
             Left(
                 site=site.number,
@@ -81,7 +87,7 @@ class Watch:
                 code=letter.code,
                 asked=hashlib.sha256(asked.header()).hexdigest(),
                 words=words,
-                spent=bool(words) and site.spent_on_disk(letter.attempt),
+                spent=bool(words) and site.spent_on_disk(paid),
             )
         )
 
@@ -154,14 +160,18 @@ class Watch:
 
     def out_of_budget(self) -> bool:
         """Whether so few sites have a reservation left that no sum can come about."""
-        able, rounds = 0, self._plan.rounds
+        able, rounds = list[int](), self._plan.rounds
         for site in self._sites:
             path, key = site.folder.ledger, ground.ROSTER.key(site.number)
             epsilon, delta = ground.POLICY.max_epsilon, ground.POLICY.delta
             books = read_books(path, key, epsilon=epsilon, delta=delta)
             known = ground.RUN in books.runs
-            able += not known or books.spent(ground.RUN) < rounds.count + rounds.spare
-        return able < self._plan.cohort.minimum
+            if not known or books.spent(ground.RUN) < rounds.count + rounds.spare:
+                able.append(site.number)
+        if rounds.participants is None:
+            return len(able) < self._plan.cohort.minimum
+        attempt = Attempt(run=ground.RUN, round=len(self.committed()) + 1)
+        return not another_sample_has(self._plan, ground.ROSTER, attempt, able)
 
     def _search(self, data: bytes, where: str) -> None:
         if CANARY.encode() in data:

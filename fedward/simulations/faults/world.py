@@ -97,7 +97,7 @@ class World:
             lateness=lambda _: self._late,
         )
         book = RunBook(folder / COORDINATOR, clock=self.clock.unix)
-        book.submit(ground.RUN, plan, ground.START, ground.LAYOUT)
+        book.submit(ground.RUN, plan, ground.start_of(plan), ground.layout_of(plan))
         self.clock.after(0.0, self._tick)
         for site in range(SITES):
             self.clock.after(0.0, partial(self.start, site))
