@@ -56,10 +56,7 @@ from fedward.plan import from_json
 from fedward.privacy.ledger import Ledger
 from fedward.privacy.noise import SecureStream
 from fedward.privacy.planned import metric_event
-from fedward.tuning.vector import (
-    layout_from_bytes,
-    without_moments,
-)
+from fedward.tuning.vector import layout_from_bytes, without_moments
 
 _LOG = logging.getLogger(__name__)
 
@@ -115,6 +112,14 @@ class Agent:
         self._last_round = LastRound(memory=memory, every_sum=policy.every_sum, note=self._note)
         self._work: _Work | None = None
         self._answers: dict[str, tuple[bytes, RecordDict]] = {}
+
+    @property
+    def in_hand(self) -> SessionParameters | None:
+        """The session that an update is held for; None where its round is over here, or lost."""
+        if (work := self._work) is None or work.session.dead:
+            return None
+        once_more = work.request.rule.passes == 2 and not work.request.rule.again
+        return work.expected if once_more or work.session.finished is None else None
 
     def answer(self, records: RecordDict) -> RecordDict:
         """Answer one letter of the coordinator.

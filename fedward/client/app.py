@@ -1,5 +1,7 @@
 """The site's Flower ClientApp: every message type is a letter for the agent."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -9,8 +11,8 @@ from fedward.errors import IdentityError, SiteCode
 from fedward.messages import SESSION_ACTIONS
 
 
-def client_app(agent: Agent) -> ClientApp:
-    """Make the ClientApp of one site.
+def client_app(agent: Agent, letter: AbstractContextManager[object] | None = None) -> ClientApp:
+    """Make the ClientApp of one site, which is inside ``letter`` while it answers one.
 
     Its handlers are ``train`` (the task), ``train.hello`` … ``train.unmask`` (a session),
     ``train.second`` (the second pass of a round) and ``evaluate``. A message whose signature does
@@ -21,7 +23,8 @@ def client_app(agent: Agent) -> ClientApp:
 
     def handle(message: Message, context: Context) -> Message:
         try:
-            return Message(agent.answer(message.content), reply_to=message)
+            with letter or nullcontext():
+                return Message(agent.answer(message.content), reply_to=message)
         except IdentityError:
             error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, SiteCode.REFUSED_SIGNATURE.value)
             return Message(error, reply_to=message)

@@ -1,14 +1,19 @@
 """``fedward site run``: the resident agent of one site, until it is told to stop.
 
-A change of ``policy.toml`` or of the pinned roster takes effect between two letters: the agent is
-built anew from its folder, as after a restart. The trainer, and the model in it, stay.
+A change of ``policy.toml`` takes effect between two letters: the agent is built anew from its
+folder, as after a restart. The trainer, and the model in it, stay. A change of the pinned roster
+alone waits for the end of the round in hand, which the coordinator ends under the old one as well;
+for the plan's deadline at most.
 """
 
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
+from fedward.aggregation.parameters import SessionParameters
 from fedward.client.agent import Agent
 from fedward.client.app import client_app
 from fedward.client.approval import Consent
@@ -27,6 +32,10 @@ _LOG = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
 _ROSTER_SECONDS = 60.0
+_HAND_SECONDS = 0.1  # before the next round's task, which would be trained under the old roster
+
+_Hand = Callable[[], SessionParameters | None]
+"""What the agent has in hand, once it has answered the letter that it is at."""
 
 OnState = Callable[[str], None]
 """Told ``connected`` or ``disconnected`` at every change."""
@@ -60,12 +69,16 @@ def run_site(
             changed, before = threading.Event(), _said(folder)  # before the agent reads them
             with _agent(folder, trainer, key) as (agent, journal):
                 journal.record("started")
+                letter = threading.Lock()
                 watch = threading.Thread(
-                    target=_watch, args=(folder, before, stop, changed), name="folder", daemon=True
+                    target=_watch,
+                    args=(folder, before, stop, changed, partial(_in_hand, agent, letter)),
+                    name="folder",
+                    daemon=True,
                 )
                 watch.start()
                 try:
-                    stay_connected(client_app(agent), _office(folder), changed, on_state)
+                    stay_connected(client_app(agent, letter), _office(folder), changed, on_state)
                 finally:
                     changed.set()
                     watch.join()
@@ -114,8 +127,17 @@ def _office(folder: SiteFolder) -> Office:
     )
 
 
+def _in_hand(agent: Agent, letter: threading.Lock) -> SessionParameters | None:
+    with letter:
+        return agent.in_hand
+
+
 def _watch(
-    folder: SiteFolder, before: list[bytes], stop: threading.Event, changed: threading.Event
+    folder: SiteFolder,
+    before: list[bytes],
+    stop: threading.Event,
+    changed: threading.Event,
+    in_hand: _Hand,
 ) -> None:
     """Set ``changed`` when the site has to stop, or its policy or roster is not as before."""
     try:
@@ -125,14 +147,33 @@ def _watch(
                 _ask_for_roster(folder)
             looks += 1
             if _said(folder) != before:
+                _let_end(folder, before, lambda: stop.is_set() or changed.is_set(), in_hand)
                 break
     finally:
         changed.set()  # whatever happened here: an agent that nobody watches would never stop
 
 
+def _let_end(
+    folder: SiteFolder,
+    before: list[bytes],
+    over: Callable[[], bool],
+    in_hand: _Hand,
+) -> None:
+    """Wait for the round in hand to end, while nothing but the roster is not as before."""
+    first = now = in_hand()
+    end = time.monotonic() + (0 if first is None else first.deadline)
+    while not over() and now is not None and first is not None and time.monotonic() < end:
+        one, other = first.attempt, now.attempt
+        same_round = (one.run, *one.order[::2]) == (other.run, *other.order[::2])  # either pass
+        if not same_round or _said(folder)[1:] != before[1:]:
+            return
+        time.sleep(_HAND_SECONDS)
+        now = in_hand()
+
+
 def _said(folder: SiteFolder) -> list[bytes]:
-    """The files that decide what the agent does."""
-    files = (folder.policy, folder.roster, folder.config_file)
+    """The files that decide what the agent does, the roster's first."""
+    files = (folder.roster, folder.policy, folder.config_file)
     return [path.read_bytes() if path.exists() else b"" for path in files]
 
 

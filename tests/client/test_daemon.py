@@ -1,9 +1,10 @@
 """The resident agent around its folder; tests/server/test_coordinator.py has it on the wire."""
 
 import contextlib
+import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from typing import Any
 import httpx
 import pytest
 
+from fedward.aggregation.parameters import SessionParameters
+from fedward.aggregation.planned import planned_session
+from fedward.attempt import Attempt
 from fedward.client import daemon, enrol
+from fedward.client.agent import Agent
 from fedward.client.daemon import run_site
 from fedward.client.journal import verify_journal
 from fedward.client.site_folder import SiteConfig, SiteFolder
 from fedward.errors import ConfigurationError, Unreachable
+from fedward.plan_aggregation import Aggregation
 from fedward.private_files import write_private
 from tests.client import desk
 from tests.server import office
@@ -92,7 +98,7 @@ def test_a_full_disk_or_a_bug_does_not_leave_the_agent_without_its_watch(folder,
     monkeypatch.setattr(daemon, "fetch_roster", full)
     stop, changed = threading.Event(), threading.Event()
     threading.Timer(0.5, stop.set).start()
-    daemon._watch(folder, daemon._said(folder), stop, changed)
+    daemon._watch(folder, daemon._said(folder), stop, changed, lambda: None)
     assert stop.is_set(), "a full disk did not end the watch"
     assert changed.is_set()
 
@@ -102,7 +108,7 @@ def test_a_full_disk_or_a_bug_does_not_leave_the_agent_without_its_watch(folder,
     changed.clear()
     monkeypatch.setattr(daemon, "_ask_for_roster", bug)
     with pytest.raises(AttributeError):
-        daemon._watch(folder, daemon._said(folder), threading.Event(), changed)
+        daemon._watch(folder, daemon._said(folder), threading.Event(), changed, lambda: None)
     assert changed.is_set(), "nobody would ever stop the agent"
 
 
@@ -119,6 +125,86 @@ def test_a_coordinator_that_dribbles_its_roster_does_not_hold_the_agent(folder, 
     monkeypatch.setattr(enrol, "_ALL_SECONDS", 0.2)
     with pytest.raises(Unreachable, match="no whole answer"):
         enrol.fetch_roster(folder)
+
+
+@pytest.fixture
+def sites(tmp_path):
+    made = desk.Desk(tmp_path / "desk")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("scheme", ["fedavg", "sketch"])
+def test_a_round_is_in_hand_from_its_update_to_its_end(sites, scheme):
+    sites.plan = dataclasses.replace(desk.PLAN, aggregation=Aggregation(scheme=scheme))
+    agent: Agent = sites.agents[0]
+    first = Attempt(run=desk.RUN, round=1)
+
+    def in_hand() -> Attempt | None:
+        return None if agent.in_hand is None else agent.in_hand.attempt
+
+    assert in_hand() is None
+    for site in range(desk.SITES):
+        sites.task(first, site)
+    assert in_hand() == first
+    for until in ("shares", "unmask"):
+        tally, todo = sites.session(first, until=until)
+        assert in_hand() == first
+        if until == "shares":  # a letter out of turn ends the session
+            sites.ask("unmask", first, 0, {"message": b""})
+            assert in_hand() is None
+            first = dataclasses.replace(first, attempt=2)
+            for site in range(desk.SITES):
+                sites.task(first, site)
+    sites.exchange(tally, first, "unmask", todo)
+    assert (in_hand() is not None) == (scheme == "sketch"), "the second pass is due"
+
+
+def watched(folder: SiteFolder, *files: Path, hands: Sequence[Any] = (None,)) -> int:
+    """Change files; how often the agent is looked at until it has to go, the last hand for ever."""
+    given = iter(hands)
+    hand, asked, changed = None, 0, threading.Event()
+
+    def in_hand() -> Any:
+        nonlocal hand, asked
+        hand, asked = next(given, hand), asked + 1
+        return hand
+
+    before = daemon._said(folder)
+    for file in files:
+        write_private(file, file.read_bytes() + b"# changed")
+    daemon._watch(folder, before, threading.Event(), changed, in_hand)
+    assert changed.is_set()
+    return asked
+
+
+def test_a_roster_alone_waits_for_the_end_of_the_round_in_hand(folder, sites, monkeypatch):
+    monkeypatch.setattr(daemon, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(daemon, "_HAND_SECONDS", 0.01)
+    monkeypatch.setattr(daemon, "_ask_for_roster", lambda _: None)
+
+    def at(number: int, session: int = 1, seconds: int = 60) -> SessionParameters:
+        attempt = Attempt(run=desk.RUN, round=number, session=session)
+        plan = desk.PLAN
+        rounds = dataclasses.replace(plan.rounds, deadline=f"{seconds}s")
+        return planned_session(
+            dataclasses.replace(plan, rounds=rounds),
+            sites.roster,
+            attempt,
+            task_hash=bytes(32),
+            dimension=1,
+        )
+
+    assert watched(folder, folder.roster) == 1, "nothing is in hand"
+    assert watched(folder, folder.roster, hands=[at(1)] * 5 + [at(1, 2)] * 5 + [None]) == 11
+    assert watched(folder, folder.roster, hands=[at(1)] * 3 + [at(2)]) == 4, "no other round"
+    assert watched(folder, folder.policy, folder.roster, hands=[at(1)]) == 1, "the site's own word"
+    began = time.monotonic()
+    assert watched(folder, folder.roster, hands=[at(1, seconds=1)]) > 5
+    assert 1 <= time.monotonic() - began < 10, "no longer than a stage may take"
+    gone = threading.Event()
+    threading.Timer(0.2, gone.set).start()
+    daemon._let_end(folder, daemon._said(folder), gone.is_set, lambda: at(1))  # returns
 
 
 def test_without_a_policy_nothing_runs(folder):
