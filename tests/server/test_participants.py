@@ -14,10 +14,12 @@ from fedward.errors import InvalidValue, ProtocolError, RoundError, SiteCode
 from fedward.plan import Plan
 from fedward.plan_aggregation import Cohort
 from fedward.plan_gate import Gate
+from fedward.server import cli
 from fedward.server.rounds import RoundEngine
 from fedward.server.store import Phase
 from fedward.tuning.vector import vector_of
 from tests.client.desk import LAYOUT, PLAN, POLICY, RUN, START, Desk
+from tests.server import office
 from tests.server.test_rounds import Rig, tasks
 
 FEW = dataclasses.replace(
@@ -298,3 +300,26 @@ def test_a_round_that_the_gate_refuses_leaves_the_adapter_to_another_sample(make
     assert [facts["cohort"] for _, facts in rig.facts(Phase.REFUSED)] == [
         asked(rig, number) for number in (1, 2, 3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("participants", "groups", "said"),
+    [
+        (None, 1, ""),
+        (3, 1, "each round asks 3 of 4 sites, by a public draw"),
+        (5, 1, "asks 5 of 4 sites, by a public draw; it pauses until the roster has 5"),
+        (9, 3, "9 sites in 3 groups of 3 or more"),
+    ],
+)
+def test_the_start_of_a_run_says_how_many_are_asked(tmp_path, capsys, participants, groups, said):
+    folder = office.make_coordinator(tmp_path / "c")
+    office.enrol_sites(folder, tmp_path, ["w", "x", "y", "z"])
+    plan = dataclasses.replace(
+        PLAN,
+        rounds=dataclasses.replace(PLAN.rounds, participants=participants),
+        cohort=Cohort(minimum=3, groups=groups),
+    )
+    cli._show_asked(plan, folder)
+    words = " ".join(capsys.readouterr().err.split())
+    assert said in words
+    assert bool(said) is bool(words)

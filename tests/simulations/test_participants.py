@@ -75,6 +75,7 @@ def test_a_killed_federation_goes_on_and_ledgers_have_lines_for_the_rounds_that_
             ),
         },
         {"aggregation": Aggregation(word_bits=16, optimizer="adam", update_clip=10.0)},
+        {"aggregation": Aggregation(coordinates=0.5, update_clip=10.0)},
         {
             "cohort": Cohort(minimum=3, colluders=0),
             "aggregation": Aggregation(
@@ -82,7 +83,7 @@ def test_a_killed_federation_goes_on_and_ledgers_have_lines_for_the_rounds_that_
             ),
         },
     ],
-    ids=["sketch", "ranks", "narrow words and adam", "weights"],
+    ids=["sketch", "ranks", "narrow words and adam", "coordinates", "weights"],
 )
 def test_what_else_a_plan_may_say_goes_with_a_sample(tmp_path, base, sections):
     """Sites make every adapter from the sums of rounds that they may not have been in."""

@@ -391,6 +391,26 @@ max_length = 16
     assert len({facts["adapter"] for facts in (first, alone, third)}) == 3
 
 
+def test_a_sample_of_the_sites_from_files_to_a_report(fedward, tmp_path, base):
+    few = ("[rounds]\n", "[rounds]\nparticipants = 3\n")
+    rows = [row for name in "abcdef" for row in tiny.make_rows(name, 2)]
+    files = make_files(tmp_path, base, few, rows=rows)
+    code, out, err = fedward("simulate", *files)
+    assert code == 0, err
+    assert "each round asks 3 of 6 sites, by a public draw" in out
+    assert "a site that is asked sends " in out
+    report = report_of(tmp_path / "out")
+    assert [len(cohort) for cohort in report["cohorts"]] == [3, 3]
+    asked = {name for cohort in report["cohorts"] for name in cohort}
+    assert {name for name, sent in report["bytes_up"].items() if sent} == asked
+    assert {name for name, spent in report["epsilon"].items() if spent} == asked
+    (tmp_path / "again").mkdir()
+    many = ("[rounds]\n", "[rounds]\nparticipants = 7\n")
+    code, _, err = fedward("simulate", *make_files(tmp_path / "again", base, many, rows=rows))
+    assert code != 0
+    assert "participants = 7: expected at most the 6 sites there are" in err
+
+
 def test_groups_and_a_gate_from_files_to_a_report(fedward, tmp_path, base):
     """Nine hospitals in three groups; the gate refuses whatever moves at all."""
     public = tiny.write_data(tmp_path / "public", tiny.make_rows("public", 4)) / "train.jsonl"
