@@ -68,6 +68,16 @@ class Task:
     alpha: float | None = None
 
 
+ABSTRACTS = Task(
+    example="med_abstracts",
+    data="med_abstracts",
+    rate=0.006,
+    private_rate=10.0,
+    rounds=32,
+    steps=1,
+    alpha=0.5,
+)
+
 TASKS = {
     "medquad": Task(
         example="medquad",
@@ -87,12 +97,8 @@ TASKS = {
         steps=1,
         ways=(*SCHEMES, MIXED, "central"),
     ),
-    "abstracts-half": Task(
-        example="med_abstracts", data="med_abstracts", rate=0.02, private_rate=30.0, alpha=0.5
-    ),
-    "abstracts-tenth": Task(
-        example="med_abstracts", data="med_abstracts", rate=0.02, private_rate=30.0, alpha=0.1
-    ),
+    "abstracts-half": ABSTRACTS,
+    "abstracts-tenth": dataclasses.replace(ABSTRACTS, alpha=0.1),
     "dolly": Task(example="dolly-sft", data="dolly_fedit", rate=0.005, private_rate=4.0, rows=1000),
 }
 """Name to task. A score of ``dolly`` is a record's loss, of the others 1 for a right answer."""
