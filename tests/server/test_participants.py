@@ -16,6 +16,7 @@ from fedward.plan_aggregation import Cohort
 from fedward.plan_gate import Gate
 from fedward.server import cli
 from fedward.server.rounds import RoundEngine
+from fedward.server.run_state import State
 from fedward.server.store import Phase
 from fedward.tuning.vector import vector_of
 from tests.client.desk import LAYOUT, PLAN, POLICY, RUN, START, Desk
@@ -194,7 +195,7 @@ class Others(RoundEngine):
 
     favourites: tuple[int, ...] = ()
 
-    def _todo(self, *_: Any) -> tuple[list[int], frozenset[int]]:
+    def _todo(self, attempt: Attempt, state: State) -> tuple[list[int], frozenset[int]]:
         return list(self.favourites), frozenset()
 
 
