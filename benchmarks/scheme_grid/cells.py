@@ -99,7 +99,17 @@ TASKS = {
     ),
     "abstracts-half": ABSTRACTS,
     "abstracts-tenth": dataclasses.replace(ABSTRACTS, alpha=0.1),
-    "dolly": Task(example="dolly-sft", data="dolly_fedit", rate=0.005, private_rate=4.0, rows=1000),
+    "dolly": Task(
+        example="dolly-sft",
+        data="dolly_fedit",
+        rate=0.005,
+        private_rate=4.0,
+        rounds=16,
+        steps=1,
+        private_rounds=12,
+        rows=1000,
+        ways=(*SCHEMES, "central", "pooled"),
+    ),
 }
 """Name to task. A score of ``dolly`` is a record's loss, of the others 1 for a right answer."""
 
