@@ -11,7 +11,9 @@ from fedward.aggregation.groups import middle
 from fedward.aggregation.packing import unpack
 from fedward.aggregation.planned import planned_session
 from fedward.aggregation.rules import masked_bytes
+from fedward.client.trainer import LocalTrainer
 from fedward.errors import InvalidValue
+from fedward.plan import Metrics, Tuner
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.server.store import Phase
 from fedward.tuning.tuned import tuned_model
@@ -113,6 +115,33 @@ def test_groups_take_the_median_of_parts(tmp_path, base):
     moved = after[sent].astype(np.float64) - before[sent]
     assert np.abs(moved - middle(means)).max() < 1e-6
     assert np.abs(moved - means[0]).max() > 1e-4, "control"
+
+
+def test_metrics_follow_the_part_and_personal_parts_stay(tmp_path, base):
+    plan = tiny.make_plan(
+        base,
+        aggregation=Aggregation(coordinates=0.25),
+        metrics=Metrics(epsilon=1.0),
+        tuner=Tuner(
+            arguments={"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, personal=("score",)
+        ),
+    )
+    records = tiny.make_sites(4)
+    trainers = {
+        name: LocalTrainer(own, held_out=own, key=tiny.key(name), keep=tmp_path / name)
+        for name, own in records.items()
+    }
+    seen = list[Message]()
+    federation = tiny.make_federation(tmp_path / "run", plan, trainers, watch=seen.append)
+    federation.run()
+    layout = tuned_model(plan).layout
+    assert not any("score" in name for name, _ in layout)
+    size = sum(math.prod(shape) for _, shape in layout)
+    assert set(bytes_of_masked(federation, seen)) == {4 * (math.ceil(size / 4) + 3)}
+    assert masked_bytes(plan, layout)[0] == 4 * (math.ceil(size / 4) + 3)
+    slots = [facts["slots"] for _, facts in tiny.facts_of(tmp_path / "run", Phase.COMMITTED)]
+    assert [set(each) for each in slots] == [{"loss", "correct", "units"}] * 2
+    assert all(list((tmp_path / name).rglob("*.safetensors")) for name in records)
 
 
 def test_pooled_rounds_send_whole_gradients(base):
