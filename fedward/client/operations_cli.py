@@ -1,5 +1,6 @@
-"""``fedward site train-service | doctor | status | dry-run | pause | resume | forget | leave``."""
+"""``fedward site`` train-service, doctor, status, dry-run, pause, resume, close, forget, leave."""
 
+import contextlib
 import dataclasses
 import json
 from typing import Annotated
@@ -11,9 +12,11 @@ from rich.markup import escape
 from fedward.client.audit_cli import DEFAULT_SITE, JsonOption, SiteOption, who
 from fedward.client.sandbox import confine
 from fedward.client.site_folder import SiteFolder
+from fedward.errors import ConfigurationError
 
 operations_app = typer.Typer()
 
+_Run = Annotated[str, typer.Argument(help="The run's name, as approvals and the journal have it.")]
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -157,10 +160,37 @@ def _set_paused(folder: SiteFolder, paused: bool, json_output: bool) -> None:
 
 
 @operations_app.command()
+def close(run: _Run, site: SiteOption = DEFAULT_SITE, json_output: JsonOption = False) -> None:
+    """End a run here: what the ledger has booked for it and not spent is free for other runs.
+
+    Stop the daemon first. For runs that are over, or that the site leaves: it refuses to go on with
+    them from then on. What was spent stays spent.
+    """
+    from fedward.client.journal import journal_command
+    from fedward.client.policy import load_policy
+    from fedward.privacy.ledger import Ledger
+
+    folder = SiteFolder.load(site)
+    policy, unknown = load_policy(folder.policy), f"the ledger knows no run {run!r}"
+    if not folder.ledger.exists():
+        raise ConfigurationError(unknown)
+    ledger = Ledger.open(
+        folder.ledger, folder.identity(), epsilon=policy.max_epsilon, delta=policy.delta
+    )
+    with contextlib.closing(ledger):
+        free = ledger.remaining(run)
+        if run not in ledger.runs:
+            raise ConfigurationError(f"{unknown}; it knows {', '.join(ledger.runs) or 'none'}")
+        journal_command(folder, "closes", {"who": who(), "run": run})
+        ledger.close_run(run)
+        facts = {"run": run, "spent": ledger.spent(run), "freed": free}
+    words = f"{run}: closed; {facts['spent']} rounds spent, {free} free for other runs"
+    typer.echo(json.dumps(facts) if json_output else words)
+
+
+@operations_app.command()
 def forget(
-    run: Annotated[
-        str, typer.Argument(help="The run's name, as approvals and the journal have it.")
-    ],
+    run: _Run,
     site: SiteOption = DEFAULT_SITE,
     json_output: JsonOption = False,
 ) -> None:

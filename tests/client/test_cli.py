@@ -1,5 +1,6 @@
 """What a hospital types, from nothing to an approved plan, and what each step says."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,14 +16,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fedward.attempt import Attempt
 from fedward.canonical import digest
 from fedward.cli import app
 from fedward.client.approval import Consent
 from fedward.client.enrol import pinned_roster
 from fedward.client.policy import Policy, load_policy
 from fedward.client.site_folder import SiteFolder
-from fedward.errors import ConfigurationError, FedwardError, PolicyRefusal
+from fedward.errors import ConfigurationError, FedwardError, LedgerError, PolicyRefusal
 from fedward.identity import Identity
+from fedward.privacy.accounting import SampledGaussian
+from fedward.privacy.ledger import Ledger
 from fedward.server.coordinator_folder import CoordinatorFolder
 from fedward.server.enrolment import enrolment_app
 from fedward.typed_toml import dump, parse
@@ -317,6 +321,40 @@ def test_a_site_pauses_and_goes_on_and_its_journal_says_so_once(member):
         assert "takes rounds" in member("site resume SITE")
     said = [json.loads(line) for line in member("site journal show --json SITE").splitlines()]
     assert [entry["what"] for entry in said][-2:] == ["paused", "resumed"]
+
+
+def test_a_site_closes_a_run_and_what_it_had_not_spent_is_free(member):
+    folder = SiteFolder.load(member.root / "site")
+    policy = Policy(max_epsilon=8.0, delta=1e-5, max_rounds=9, models=("a" * 64,))
+    folder.policy.write_text(dump(policy))
+    with pytest.raises(ConfigurationError, match="knows no run 'one'"):
+        member("site close one SITE")
+    assert not folder.ledger.exists()
+    event = SampledGaussian(noise_multiplier=4.0, sampling_rate=0.01, steps=10)
+
+    def ledger() -> Ledger:
+        return Ledger.open(
+            folder.ledger, folder.identity(), epsilon=policy.max_epsilon, delta=policy.delta
+        )
+
+    with contextlib.closing(ledger()) as books:
+        books.open_run("one", bytes(32), event, 5)
+        attempt = Attempt(run="one", round=1)
+        books.reserve(attempt)
+        books.mark_sent(attempt)
+        booked = books.epsilon_committed()
+        with pytest.raises(FedwardError, match="another process"):
+            member("site close one SITE")
+    assert member.json("site close one SITE") == {"run": "one", "spent": 1, "freed": 4}
+    assert "1 rounds spent, 0 free" in member("site close one SITE"), "again changes nothing"
+    with pytest.raises(ConfigurationError, match="knows no run 'other'"):
+        member("site close other SITE")
+    with contextlib.closing(ledger()) as books:
+        assert books.epsilon_spent() == books.epsilon_committed() < booked
+        with pytest.raises(LedgerError, match="closed"):
+            books.open_run("one", bytes(32), event, 5)
+    said = [json.loads(line) for line in member("site journal show --json SITE").splitlines()]
+    assert [(entry["what"], entry["run"]) for entry in said[-2:]] == [("closes", "one")] * 2
 
 
 def test_a_site_forgets_what_it_kept_of_one_run(member):
