@@ -199,3 +199,13 @@ def test_a_round_goes_to_another_sample_only_where_that_has_enough_sites():
     assert not another_sample_has(of(3, 0), SIX, at(1), rest), "no spare, no other sample"
     assert not another_sample_has(plan, SIX, at(1), [])
     assert another_sample_has(of(3, 100000), SIX, at(1), rest)
+
+
+def test_the_parameters_of_the_largest_sample_can_be_sent():
+    """``P`` names who is asked, and has 65,536 bytes at most."""
+    made = planned_session(of(3), SIX, at(1), task_hash=bytes(32), dimension=10)
+    largest = dataclasses.replace(made, group=tuple(range(2**32 - 5000, 2**32)))
+    assert SessionParameters.from_bytes(largest.to_bytes()) == largest
+    larger = dataclasses.replace(made, group=tuple(range(2**32 - 6000, 2**32)))
+    with pytest.raises(ProtocolError, match="at most 65536"):
+        SessionParameters.from_bytes(larger.to_bytes())
