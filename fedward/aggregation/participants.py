@@ -5,10 +5,10 @@ stretches of that order one after the other, so that the next attempt asks other
 are; behind the plan's spare rounds the first stretch comes again (docs/adr/0015).
 
 Guarantees:
-    In a round of a run there are ``spare + 1`` samples, whatever the coordinator does, and a site
-    outside of the attempt's sample neither trains nor spends. **No privacy follows from a draw**:
-    noise, minimum and colluders are those of a plan that asks everybody, and whoever names the
-    run can choose among many draws.
+    Under one roster a round of a run has ``spare + 1`` samples at most, whatever the coordinator
+    does, and a site outside of the attempt's sample neither trains nor spends. **No privacy follows
+    from a draw**: noise, minimum and colluders are those of a plan that asks everybody, and whoever
+    names the run can choose among many draws.
 """
 
 from collections.abc import Collection, Iterable, Sequence

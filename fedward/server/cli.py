@@ -234,5 +234,7 @@ def _line(event: Mapping[str, Any]) -> str:
     facts = event["facts"] if isinstance(event["facts"], dict) else {}
     who = f" {event['site']}" if event["site"] else ""
     why = f" ({facts['reason']})" if "reason" in facts else ""
+    if "sites" in facts:
+        why = f" ({len(facts['sites'])} sites)"
     attempt = f" attempt {event['attempt']}" if event["attempt"] > 1 else ""
     return f"round {event['round']}{attempt}:{who} {event['phase']}{why}"

@@ -324,3 +324,8 @@ def test_the_start_of_a_run_says_how_many_are_asked(tmp_path, capsys, participan
     words = " ".join(capsys.readouterr().err.split())
     assert said in words
     assert bool(said) is bool(words)
+
+
+def test_who_watches_a_run_reads_how_many_were_asked():
+    event = {"round": 2, "attempt": 3, "phase": "invited", "site": "", "facts": {"sites": [0, 4]}}
+    assert cli._line(event) == "round 2 attempt 3: invited (2 sites)"
