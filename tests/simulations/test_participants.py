@@ -4,16 +4,22 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fedward.aggregation.fixed_point import decode
 from fedward.aggregation.participants import asked_sites
+from fedward.aggregation.shared_noise import noisy_grid
 from fedward.attempt import Attempt
 from fedward.client.trainer import LocalTrainer
 from fedward.plan import Plan, Tuner
 from fedward.plan_aggregation import Aggregation, Cohort
+from fedward.privacy.pooled import noise_share
 from fedward.server.store import Phase
 from fedward.simulations.federation import RUN, Federation
+from fedward.tuning.records import Records
 from fedward.tuning.tuned import tuned_model
+from fedward.tuning.vector import dimension
 from tests.simulations import tiny
 from tests.simulations.test_federation import reviving_at_once
 from tests.simulations.test_kill import Killed, check_books, killing
@@ -61,6 +67,25 @@ def test_a_killed_federation_goes_on_and_ledgers_have_lines_for_the_rounds_that_
         assert reserved == lost + asked
         assert federation.epsilon_spent(name) <= plan.privacy.epsilon
         assert (federation.epsilon_spent(name) > 0) is bool(asked)
+
+
+def test_the_noise_in_a_pooled_sum_is_that_of_minimum_and_colluders(tmp_path, base):
+    """Sites without a patient send their shares alone: three of them, of a roster of six."""
+    plan = make_plan(base, "pooled")
+    nobody = {name: Records(rows=(), units=()) for name in SITES}
+    tiny.make_federation(tmp_path, plan, tiny.recorders(nobody)).run()
+    length = dimension(tuned_model(plan).layout)
+    share = noise_share(plan, length)
+    grid = noisy_grid(plan.aggregation.update_clip, share=share, sites=3)
+    sums = [
+        decode(tiny.words_of(tiny.blob(tmp_path, facts["sum"])), grid)
+        for _, facts in tiny.facts_of(tmp_path, Phase.COMMITTED)
+    ]
+    numbers = np.concatenate(sums)
+    found, error = numbers.std() / share, 1 / np.sqrt(2 * len(numbers))
+    assert abs(found / np.sqrt(3) - 1) < 4 * error
+    assert abs(found / np.sqrt(2) - 1) > 4 * error, "negative control: a share less"
+    assert abs(found / np.sqrt(6) - 1) > 4 * error, "negative control: everybody's shares"
 
 
 @pytest.mark.parametrize(
