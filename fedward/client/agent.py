@@ -237,7 +237,7 @@ class Agent:
             raise ProtocolError("a second pass has the update of the first, and no task")
         dealt = letter.parts.get("dealt", b"")
         group = group_of(plan, self._roster, attempt, dealt, self._site)
-        adapter = self._last_round.adapter(letter, plan, layout, fallen)
+        adapter = self._last_round.adapter(letter, plan, layout, self._roster, fallen)
         check_first(attempt, adapter)
         draw = self._ledger.spent_in(attempt)
         request = TrainRequest(

@@ -24,7 +24,7 @@ from fedward.aggregation.two_pass import Second
 from fedward.attempt import Attempt
 from fedward.canonical import Json
 from fedward.client.memory import KeptTask, SiteMemory
-from fedward.errors import PolicyRefusal, ProtocolError
+from fedward.errors import InvalidValue, PolicyRefusal, ProtocolError
 from fedward.identity import Roster
 from fedward.messages import Letter
 from fedward.plan import Plan
@@ -214,7 +214,12 @@ class LastRound:
         self._memory, self._every_sum, self._note = memory, every_sum, note
 
     def adapter(
-        self, letter: Letter, plan: Plan, layout: Layout, fallen: tuple[int, str] | None
+        self,
+        letter: Letter,
+        plan: Plan,
+        layout: Layout,
+        roster: Roster,
+        fallen: tuple[int, str] | None,
     ) -> bytes:
         """The task's adapter, recomputed from the last one and the published sum.
 
@@ -229,6 +234,7 @@ class LastRound:
             letter: The task.
             plan: The approved plan.
             layout: All trainable tensors.
+            roster: The pinned one.
             fallen: From :func:`read_fallback`.
 
         Raises:
@@ -251,7 +257,7 @@ class LastRound:
         if fallen is not None and began == fallen[0] + 1:
             return check_named(letter.part("adapter"), fallen[1])
         if last is not None and began == first + 1:
-            return self._recompute(letter, plan, layout, last)
+            return self._checked(letter, plan, layout, roster, last)
         if began > first:
             missed: Json = [first, began - 1]
             _LOG.warning("round %d: sums of rounds %s were not checked", attempt.round, missed)
@@ -261,10 +267,24 @@ class LastRound:
                 raise PolicyRefusal([reason])
         return letter.part("adapter")
 
-    def _recompute(self, letter: Letter, plan: Plan, layout: Layout, then: KeptTask) -> bytes:
+    def _checked(
+        self, letter: Letter, plan: Plan, layout: Layout, roster: Roster, then: KeptTask
+    ) -> bytes:
+        committed = read_committed(letter.part("attempt"), then.attempt)
+        try:
+            return self._recompute(letter, plan, layout, then, committed)
+        except (ProtocolError, InvalidValue):
+            # What this site has missed may have been made under the newer roster.
+            if self._memory.cohort(committed) is not None or roster == then.roster:
+                raise
+        newer = dataclasses.replace(then, roster=roster)
+        return self._recompute(letter, plan, layout, newer, committed)
+
+    def _recompute(
+        self, letter: Letter, plan: Plan, layout: Layout, then: KeptTask, committed: Attempt
+    ) -> bytes:
         """What the adapter before and the published sum give; a task's own must be the same."""
         before, roster = then.adapter, then.roster
-        committed = read_committed(letter.part("attempt"), then.attempt)
         cohorts = read_cohorts(letter.part("cohort"), roster, plan, committed)
         # What it signed in an attempt that came to nothing binds no attempt that it missed.
         signed = self._memory.cohort(committed)

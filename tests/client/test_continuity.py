@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedward.aggregation.packing import pack
+from fedward.aggregation.planned import planned_session
+from fedward.aggregation.schemes import next_vector
 from fedward.attempt import Attempt
+from fedward.canonical import canonical_json
 from fedward.client.approval import approve
+from fedward.client.last_round import published_mean
 from fedward.client.memory import SiteMemory
 from fedward.errors import SiteCode
 from fedward.identity import Identity, Member
-from fedward.tuning.vector import replace_vector, vector_of
+from fedward.privacy.noise import SecureStream
+from fedward.tuning.vector import dimension, replace_vector, vector_of
 from fedward.typed_toml import dump
 from tests.client.desk import LAYOUT, PLAN, RUN, SITES
 from tests.client.test_hostile_coordinator import MANUAL, Field
@@ -63,6 +69,39 @@ def test_who_comes_and_goes_between_rounds_changes_nothing_of_the_last_sum(field
     code = field.task(at(2), 0, adapter=bent(field))
     field.refused(code, SiteCode.PROTOCOL_ABORTED, "not what the published sum gives")
     assert field.task(at(2), 0) is SiteCode.READY
+    assert unchecked(field) == []
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_an_attempt_that_was_missed_may_have_had_a_newer_roster(field, monkeypatch, signed):
+    """Twelve sites have another grid than three; what this site has signed has the old one."""
+    assert field.task(at(1), 0) is SiteCode.READY
+    come = [Member(id=9 + n, name=f"new{n}", public_key=bytes([50 + n]) * 32) for n in range(9)]
+    old, members = field.roster, (*field.roster.members, *come)
+    field.roster = dataclasses.replace(old, epoch=2, members=members)
+    field.restart(0)
+    parameters, other = (
+        planned_session(PLAN, roster, at(1, 2), task_hash=bytes(32), dimension=dimension(LAYOUT))
+        for roster in (field.roster, old)
+    )
+    assert parameters.grid != other.grid
+    update = np.full(parameters.dimension, 0.1, dtype=np.float32)
+    cohort = (1, 2, 9)
+    words = [pack(update, np.zeros(0), parameters, SecureStream(bytes(32))) for _ in cohort]
+    total = np.add.reduce(words, dtype=np.uint32).tobytes()
+    mean = published_mean(total, parameters, cohort, PLAN)
+    assert np.abs(mean - update).max() < 1e-6
+    vector = next_vector(vector_of(field.adapter, LAYOUT), mean)
+    field.adapter = replace_vector(field.adapter, LAYOUT, vector)
+    cohorts = canonical_json(list(cohort))
+    field.previous = {"sum": total, "cohort": cohorts, "attempt": b"2"}
+    reason = "not what the published sum gives"
+    if signed:
+        reason = "ids of the roster"
+        monkeypatch.setattr(SiteMemory, "cohort", lambda *_: cohort)
+    code = field.task(at(2), 0, adapter=bent(field))
+    field.refused(code, SiteCode.PROTOCOL_ABORTED, reason)
+    assert (field.task(at(2), 0) is SiteCode.READY) == (not signed)
     assert unchecked(field) == []
 
 
