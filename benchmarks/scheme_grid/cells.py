@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,7 @@ class Task:
         rate: AdamW's learning rate without privacy, for every way.
         private_rate: SGD's, with privacy. Both are chosen on a fifth of the training units, without
             looking at a test row (docs/benchmarks.md).
+        own_rates: Ways that another rate than ``private_rate`` serves better.
         epsilons: With what privacy; infinite is none.
         rounds: Rounds without privacy.
         steps: Local steps of each; with privacy there is one.
@@ -59,6 +60,7 @@ class Task:
     data: str
     rate: float
     private_rate: float
+    own_rates: Mapping[str, float] = field(default_factory=dict)
     epsilons: tuple[float, ...] = (math.inf, 3.0)
     rounds: int = 8
     steps: int = 5
@@ -103,7 +105,7 @@ TASKS = {
         example="dolly-sft",
         data="dolly_fedit",
         rate=0.005,
-        private_rate=4.0,
+        private_rate=1.0,
         rounds=16,
         steps=1,
         private_rounds=12,
@@ -246,13 +248,16 @@ class Grid:
         """The example's plan with the cell's way, privacy and learning rate."""
         private, task = math.isfinite(cell.epsilon), TASKS[cell.task]
         plan, sites = self._example(cell.task), len(self._case(cell.task).sites)
+        if rate is None:
+            own = task.own_rates.get(cell.way, task.private_rate)
+            rate = own if private else task.rate
         rounds = Rounds(
             count=min(task.private_rounds if private else task.rounds, self._size.rounds),
             spare=0,
             steps=1 if private else task.steps,
             sampling_rate=0.1,
             normaliser=self._rows(task) / sites * 0.1,
-            learning_rate=rate or (task.private_rate if private else task.rate),
+            learning_rate=rate,
             optimizer="sgd" if private else "adamw",
             deadline="10m",
         )
