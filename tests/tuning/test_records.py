@@ -183,7 +183,7 @@ class TestErrorsNeverQuoteARecord:
         [
             ("bad.jsonl", b'{"text": "CANARY Mrs Jane Roe"}\n{"text": CANARY Mrs Jane Roe}'),
             ("latin.jsonl", '{"text": "CANARY Mrs Jane Roe é"}'.encode("latin-1")),
-            ("cut.jsonl.gz", gzip.compress(b'{"text": "CANARY Mrs Jane Roe"}')[:-9]),
+            ("cut.jsonl.gz", gzip.compress(b'{"text": "CANARY Mrs Jane Roe"}', mtime=0)[:-9]),
             ("torn.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff" + b"\xff" * 40),
             ("plain.jsonl.gz", b'{"text": "CANARY Mrs Jane Roe"}'),
             ("ragged.csv", b"patient,text\n1,CANARY Mrs Jane Roe\n1,2,CANARY Mrs Jane Roe"),
