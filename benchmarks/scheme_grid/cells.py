@@ -86,6 +86,7 @@ TASKS = {
         data="medquad",
         rate=0.02,
         private_rate=30.0,
+        own_rates={"fedavg": 10.0, "alternating": 10.0, "sketch": 3.0, "sketch-once": 3.0},
         epsilons=(math.inf, 3.0, 1.0, 8.0),
         ways=WAYS,
     ),
