@@ -13,6 +13,7 @@ import fedward  # noqa: F401  # switches telemetry off before any test imports a
 
 # isort: split
 
+import gc
 import hashlib
 from collections.abc import Sequence
 
@@ -25,6 +26,18 @@ from fedward.aggregation.masks import Words
 # On a busy machine an example may take a second that takes a millisecond elsewhere.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays: each training calls ``gc.collect``, which went through all of it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
 
 USED: dict[tuple[bytes, str], bytes] = {}
 """(key, sign) of every mask that any site of any test applied, to the input it was applied to."""
