@@ -235,19 +235,18 @@ class Agent:
             raise ProtocolError(f"round {attempt.round} of a plan with {plan.rounds.count}")
         if Rule(settings=plan.aggregation, layout=layout, attempt=attempt).again:
             raise ProtocolError("a second pass has the update of the first, and no task")
-        dealt = letter.parts.get("dealt", b"")
-        group = group_of(plan, self._roster, attempt, dealt, self._site)
+        group = group_of(plan, self._roster, attempt, letter.parts.get("dealt", b""), self._site)
         adapter = self._last_round.adapter(letter, plan, layout, self._roster, fallen)
         check_first(attempt, adapter)
-        draw = self._ledger.spent_in(attempt)
+        counted = read_counted(letter, plan, self._ledger, self._memory)
         request = TrainRequest(
             plan=plan,
             attempt=attempt,
-            draw=draw,
+            draw=self._ledger.spent_in(attempt),
             adapter=for_training(adapter, plan, self._roster),
             layout=layout,
             spent=self._ledger.spent(attempt.run),
-            counted=read_counted(letter, plan, self._ledger),
+            counted=counted,
         )
         rank = own_rank(plan, self._roster.member(self._site).name)
         asked = narrowed(request, rank)
@@ -262,7 +261,8 @@ class Agent:
             dimension=request.rule.words,
             group=group,
         )
-        self._memory.keep_task(KeptTask(attempt=attempt, adapter=adapter, roster=self._roster))
+        kept = KeptTask(attempt=attempt, adapter=adapter, roster=self._roster, counted=counted)
+        self._memory.keep_task(kept)
         failpoints.hit("agent.kept")
         self._ledger.open_run(
             attempt.run,

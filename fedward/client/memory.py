@@ -30,11 +30,13 @@ class KeptTask:
         adapter: Safetensors bytes.
         roster: The pinned roster of that day: a sum means something under the one that it was made
             under, and members come and go between rounds.
+        counted: Of a plan with ``scaffold``: which of the site's updates it went on from.
     """
 
     attempt: Attempt
     adapter: bytes
     roster: Roster
+    counted: int | None = None
 
 
 class SiteMemory:
@@ -145,7 +147,7 @@ class SiteMemory:
         Of many runs those used last are kept.
         """
         attempt = task.attempt
-        head: list[Json] = [attempt.run, *attempt.order, task.roster.to_json()]
+        head: list[Json] = [attempt.run, *attempt.order, task.roster.to_json(), task.counted]
         body = canonical_json(head) + b"\n" + task.adapter
         make_private_folder(self._tasks)
         write_private(self._task_file(attempt.run), self._identity.seal(_TASK, body))
@@ -169,9 +171,10 @@ class SiteMemory:
         try:
             body = open_sealed(self._identity.public_key, _TASK, path.read_bytes())
             head, _, adapter = body.partition(b"\n")
-            name, first, second, third, facts = json.loads(head)
+            name, first, second, third, facts, counted = json.loads(head)
             attempt = Attempt(run=name, round=first, session=second, attempt=third)
-            return KeptTask(attempt=attempt, adapter=adapter, roster=Roster.from_json(facts))
+            roster = Roster.from_json(facts)
+            return KeptTask(attempt=attempt, adapter=adapter, roster=roster, counted=counted)
         except (IdentityError, ValueError) as error:
             raise LedgerError(
                 f"{path}: is not what this site wrote, or in another form; remove it, and the "

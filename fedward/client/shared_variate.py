@@ -6,6 +6,8 @@ import json
 import numpy as np
 
 from fedward.aggregation.control import CONTROL, shared_control, split_control
+from fedward.client.last_round import read_refused
+from fedward.client.memory import SiteMemory
 from fedward.errors import InvalidValue, ProtocolError
 from fedward.identity import Roster
 from fedward.messages import Letter
@@ -54,26 +56,38 @@ def _with(adapter: bytes, control: Vector) -> bytes:
     return replace_vector(adapter, (), np.zeros(0, dtype=np.float32), {CONTROL: control})
 
 
-def read_counted(letter: Letter, plan: Plan, books: Books) -> int | None:
+def read_counted(letter: Letter, plan: Plan, books: Books, memory: SiteMemory) -> int | None:
     """From which of its updates a site's control variate goes on: its last in a committed sum.
 
     Only an update that the site has charged will do: what it kept beside another would tell of
-    patients what no noise is accounted for.
+    patients what no noise is accounted for. And beside one adapter it is one update: else two sums
+    over the same sites, which differ in one site's control variate, would tell it.
 
     Args:
         letter: The task; it names the attempt, if there was one.
         plan: The approved plan.
         books: The site's.
+        memory: It has the run's last task.
 
     Returns:
         The update's number among those that left, 0 for none; None where the plan has no
         ``scaffold``.
 
     Raises:
-        ProtocolError: It is malformed, not of an earlier round, or never left this site.
+        ProtocolError: It is malformed, not of an earlier round, or never left this site; or another
+            counted beside the same adapter.
     """
     if not plan.rounds.scaffold:
         return None
+    found = _counted(letter, books)
+    last = memory.last_task(letter.attempt.run)
+    began = read_refused(letter.parts.get("refused"), letter.attempt, plan)
+    if last is not None and began <= last.attempt.round and found != last.counted:
+        raise ProtocolError("another update counts than in an earlier attempt from this adapter")
+    return found
+
+
+def _counted(letter: Letter, books: Books) -> int:
     if "counted" not in letter.parts:
         return 0
     try:

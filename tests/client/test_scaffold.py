@@ -25,6 +25,7 @@ from fedward.identity import Identity, Member, Roster
 from fedward.plan import Plan, Tuner
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.plan_fallback import Fallback
+from fedward.plan_gate import Gate
 from fedward.privacy.noise import SecureStream
 from fedward.tuning.adapter import State, flatten, from_bytes, load_adapter
 from fedward.tuning.objectives import encode
@@ -264,6 +265,29 @@ class TestAHostileCoordinator:
         again = dataclasses.replace(attempt, attempt=2)
         assert desk.task(again, 0, **counted(1, 1, 1)) is SiteCode.PROTOCOL_ABORTED
         assert desk.task(again, 0) is SiteCode.READY
+
+    @pytest.mark.parametrize("restart", [False, True])
+    def test_beside_one_adapter_one_update_counts(self, desk, restart):
+        """Else two sums over the same sites would differ by what one of them kept: its update."""
+        desk.round(1)
+        attempts = [Attempt(run=RUN, round=2, attempt=number) for number in (1, 2, 3)]
+        assert desk.task(attempts[0], 0, **counted(1, 1, 1)) is SiteCode.READY
+        if restart:
+            desk.restart(0)
+        assert desk.task(attempts[1], 0) is SiteCode.PROTOCOL_ABORTED
+        assert desk.task(attempts[2], 0, **counted(1, 1, 1)) is SiteCode.READY
+
+    def test_of_a_round_that_the_gate_refused_as_well(self, tmp_path):
+        """Its adapter, and so the gradients, are those of the round after it."""
+        gate = Gate(data="r.jsonl")
+        desk = Desk(tmp_path, plan=dataclasses.replace(PLAN, rounds=ROUNDS, gate=gate))
+        desk.round(1)
+        said, refused = counted(1, 1, 1), {"refused": canonical_json([2, 2])}
+        assert desk.task(Attempt(run=RUN, round=2), 0, **said) is SiteCode.READY
+        third = Attempt(run=RUN, round=3)
+        assert desk.task(third, 0, **refused) is SiteCode.PROTOCOL_ABORTED
+        assert desk.task(third, 0, **refused, **said) is SiteCode.READY
+        desk.close()
 
     def test_another_shared_control_variate_is_refused(self, desk):
         desk.round(1)
