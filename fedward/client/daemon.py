@@ -146,8 +146,9 @@ def _watch(
             if looks % int(_ROSTER_SECONDS / _LOOK_SECONDS) == 0:
                 _ask_for_roster(folder)
             looks += 1
-            if _said(folder) != before:
-                _let_end(folder, before, lambda: stop.is_set() or changed.is_set(), in_hand)
+            if (now := _said(folder)) != before:
+                if now[1:] == before[1:]:  # the site's own word does not wait for a training
+                    _let_end(folder, before, lambda: stop.is_set() or changed.is_set(), in_hand)
                 break
     finally:
         changed.set()  # whatever happened here: an agent that nobody watches would never stop
