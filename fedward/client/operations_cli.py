@@ -178,10 +178,11 @@ def close(run: _Run, site: SiteOption = DEFAULT_SITE, json_output: JsonOption = 
         folder.ledger, folder.identity(), epsilon=policy.max_epsilon, delta=policy.delta
     )
     with contextlib.closing(ledger):
-        free = ledger.remaining(run)
         if run not in ledger.runs:
             raise ConfigurationError(f"{unknown}; it knows {', '.join(ledger.runs) or 'none'}")
         journal_command(folder, "closes", {"who": who(), "run": run})
+        ledger.release(run)
+        free = ledger.remaining(run)
         ledger.close_run(run)
         facts = {"run": run, "spent": ledger.spent(run), "freed": free}
     words = f"{run}: closed; {facts['spent']} rounds spent, {free} free for other runs"
