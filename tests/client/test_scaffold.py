@@ -14,12 +14,13 @@ from fedward.aggregation.control import CONTROL, next_control
 from fedward.aggregation.fixed_point import clip_update
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json
+from fedward.client import shared_variate
 from fedward.client import trainer as module
 from fedward.client.remote_trainer import RemoteTrainer
 from fedward.client.scaffold import Variates
 from fedward.client.trainer import LocalTrainer, mechanism
 from fedward.client.trainer_service import serve
-from fedward.client.training import TrainRequest
+from fedward.client.training import TrainRequest, TrainResult
 from fedward.errors import InvalidValue, ModelError, SiteCode
 from fedward.identity import Identity, Member, Roster
 from fedward.plan import Plan, Tuner
@@ -32,7 +33,7 @@ from fedward.tuning.objectives import encode
 from fedward.tuning.records import Records
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import Vector, dimension, moments_of, replace_vector
-from tests.client.desk import LAYOUT, PLAN, RUN, SITES, Desk
+from tests.client.desk import LAYOUT, PLAN, RUN, SITES, Desk, Scripted
 from tests.simulations import tiny
 
 STEPS, RATE = 3, 0.5
@@ -299,6 +300,43 @@ class TestAHostileCoordinator:
         assert desk.task(attempt, 0) is SiteCode.PROTOCOL_ABORTED
         desk.adapter = honest
         assert desk.task(attempt, 0) is SiteCode.READY
+
+
+class Steady(Scripted):
+    """Updates of a gradient that is always the same, corrected; no noise hides what is read."""
+
+    def __init__(self, site: int) -> None:
+        super().__init__(site)
+        self.kept = dict[int, State]()
+        self.gradient = torch.linspace(-0.1, 0.1, dimension(LAYOUT)) * (site + 1)
+
+    def train(self, request: TrainRequest) -> TrainResult:
+        self.requests.append(request)
+        variates = Variates(request, self.kept.get(request.basis, {}))
+        y = torch.nn.Parameter(torch.zeros_like(self.gradient))
+        y.grad = self.gradient.clone()
+        variates.correct([y])
+        update = -y.grad.numpy()
+        self.kept[request.spent + 1] = variates.after(update)
+        return TrainResult(update=update, slots=np.zeros(0))
+
+
+def test_twin_two_words_about_one_site_tell_its_update(desk, monkeypatch):
+    """Sums of two attempts over the same sites, site 1's control variate once in and once out."""
+    monkeypatch.setattr(shared_variate, "read_refused", lambda *_: 99)  # the check is off
+    trainers = [Steady(site) for site in range(SITES)]
+    desk.agents = {site: desk.agent(site, trainers[site]) for site in range(SITES)}
+    desk.round(1)
+    sums = list[Numbers]()
+    for number in (1, 2):
+        now = Attempt(run=RUN, round=2, attempt=number)
+        for site in range(SITES):
+            said = {} if (site, number) == (1, 2) else counted(1, 1, 1)
+            assert desk.task(now, site, **said) is SiteCode.READY
+        sums.append(desk.session(now)[0].result().mean * SITES)
+    first = -trainers[1].gradient.numpy()  # the update that it sent in round 1
+    np.testing.assert_allclose(sums[1] - sums[0], first, rtol=0, atol=1e-5)
+    assert np.abs(first).max() > 0.05
 
 
 Numbers = npt.NDArray[np.float64]
