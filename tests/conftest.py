@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import tempfile
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 2**30:  # noqa: PTH112, S108
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")  # noqa: S108  # fsync is free there
+    tempfile.tempdir = os.environ.setdefault("TMPDIR", "/dev/shm")  # noqa: S108  # fsync is free there
 
 import fedward  # noqa: F401  # switches telemetry off before any test imports a library
 

@@ -1,6 +1,7 @@
 """For each invariant a planted bug that breaks it, and that the checker names."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -120,11 +121,17 @@ PLANTED: dict[str, tuple[Callable[[Patch], None], Fault | None]] = {
 }
 
 
+@functools.cache
+def holds(schedule: tuple[Fault, ...]) -> bool:
+    """Nothing planted, nothing found; most bugs need no fault at all."""
+    return not run_schedule(schedule).violations
+
+
 @pytest.mark.parametrize("invariant", list(PLANTED))
 def test_a_planted_bug_is_found(monkeypatch, invariant):
     plant, fault = PLANTED[invariant]
     schedule = () if fault is None else (fault,)
-    assert not run_schedule(schedule).violations
+    assert holds(schedule)
     plant(monkeypatch)
     broken = run_schedule(schedule)
     assert invariant in {found.invariant for found in broken.violations}, broken.transcript()
