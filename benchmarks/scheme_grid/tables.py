@@ -24,12 +24,14 @@ PAIRS = (
     ("sketch-once", "fedavg"),
     ("sketch-once", "ffa"),
     ("sketch-once", "central"),
+    ("ffa", "fedavg"),
     ("alternating", "fedavg"),
     ("fedavg", "central"),
     ("fedavg", "alone"),
     ("pooled", "central-noise"),
     ("pooled", "central"),
     ("pooled", "fedavg"),
+    ("pooled", "ffa"),
 )
 """Ways whose difference is reported."""
 
