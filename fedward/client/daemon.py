@@ -32,6 +32,7 @@ _LOG = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
 _ROSTER_SECONDS = 60.0
+_LONGEST_WAIT = 3600.0  # a plan's deadline may be years, and a member may have been revoked
 _HAND_SECONDS = 0.1  # before the next round's task, which would be trained under the old roster
 
 _Hand = Callable[[], SessionParameters | None]
@@ -162,7 +163,7 @@ def _let_end(
 ) -> None:
     """Wait for the round in hand to end, while nothing but the roster is not as before."""
     first = now = in_hand()
-    end = time.monotonic() + (0 if first is None else first.deadline)
+    end = time.monotonic() + (0 if first is None else min(first.deadline, _LONGEST_WAIT))
     while not over() and now is not None and first is not None and time.monotonic() < end:
         one, other = first.attempt, now.attempt
         same_round = (one.run, *one.order[::2]) == (other.run, *other.order[::2])  # either pass
