@@ -149,7 +149,7 @@ def make_plan(base: Path, size: Size, steps: int) -> Plan:
             deadline="60m",
         ),
         cohort=Cohort(minimum=len(SITES), colluders=1),
-        aggregation=Aggregation(update_clip=1.0),
+        aggregation=Aggregation(scheme="fedavg", update_clip=1.0),
         privacy=Privacy(epsilon=8.0, delta=1e-5, clip=1.0, records_per_unit=1),
     )  # fmt: skip
 

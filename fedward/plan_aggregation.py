@@ -61,7 +61,7 @@ class Aggregation:
             rounds send each number once; what is not sent stays as it is.
     """
 
-    scheme: Literal["fedavg", "ffa", "alternating", "sketch", "sketch-once"] = "fedavg"
+    scheme: Literal["fedavg", "ffa", "alternating", "sketch", "sketch-once"] = "ffa"
     update_clip: float = 1.0
     word_bits: Literal[16, 32] = 32
     weights: Mapping[str, float] | None = field(default=None, hash=False)

@@ -414,7 +414,7 @@ def test_a_minimal_plan_has_the_documented_defaults(file):
 def test_the_hash_of_a_plan_is_fixed(file, full):
     # Sites approve this hash: when it changes, every approval is void.
     assert load_plan(write(file)).to_json() == (
-        b'{"aggregation":{"beta_1":0.9,"beta_2":0.99,"optimizer":"none","scheme":"fedavg",'
+        b'{"aggregation":{"beta_1":0.9,"beta_2":0.99,"optimizer":"none","scheme":"ffa",'
         b'"server_learning_rate":1.0,"tau":0.001,"update_clip":1.0,"weights":null,"word_bits":32},'
         b'"cohort":{"colluders":1,"minimum":3},'
         b'"data":{"completion":null,"label":"label","messages":null,"prompt":null,"site":null,'

@@ -157,7 +157,7 @@ class Grid:
                 deadline="10m",
             ),
             cohort=Cohort(minimum=3, groups=GROUPS[cell.sites] if cell.defence == "groups" else 1),
-            aggregation=Aggregation(update_clip=TIGHT if tight else LOOSE),
+            aggregation=Aggregation(scheme="fedavg", update_clip=TIGHT if tight else LOOSE),
             privacy=Privacy(epsilon=math.inf, delta=1e-5, clip=0.5, records_per_unit=2),
             gate=Gate(data="public.jsonl", refusals=1000)
             if cell.defence.startswith("gate")

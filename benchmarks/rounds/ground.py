@@ -91,6 +91,6 @@ def plan(rounds: int) -> Plan:
             count=rounds, spare=1, steps=1, sampling_rate=1.0, normaliser=1.0, learning_rate=1.0
         ),
         cohort=Cohort(minimum=len(SITES), colluders=1),
-        aggregation=Aggregation(update_clip=1.0),
+        aggregation=Aggregation(scheme="fedavg", update_clip=1.0),
         privacy=Privacy(epsilon=8.0, delta=1e-5),
     )

@@ -171,7 +171,8 @@ class SiteMemory:
         try:
             body = open_sealed(self._identity.public_key, _TASK, path.read_bytes())
             head, _, adapter = body.partition(b"\n")
-            name, first, second, third, facts, counted = json.loads(head)
+            name, first, second, third, facts, *rest = json.loads(head)
+            (counted,) = rest or [None]  # kept before there was scaffold
             attempt = Attempt(run=name, round=first, session=second, attempt=third)
             roster = Roster.from_json(facts)
             return KeptTask(attempt=attempt, adapter=adapter, roster=roster, counted=counted)

@@ -27,7 +27,9 @@ PLAN = Plan(
     ),
 )
 WEIGHED = dataclasses.replace(
-    PLAN, aggregation=Aggregation(weights=WEIGHTS), cohort=Cohort(minimum=4, colluders=1)
+    PLAN,
+    aggregation=Aggregation(scheme="fedavg", weights=WEIGHTS),
+    cohort=Cohort(minimum=4, colluders=1),
 )
 LENGTH = 1.0  # 4 steps of 0.25
 

@@ -176,4 +176,4 @@ def test_schemes_that_need_the_whole_update_are_refused(scheme):
 @pytest.mark.parametrize("share", [0.0, 1.1, -1.0, math.nan])
 def test_limits(share):
     with pytest.raises(InvalidValue, match="coordinates"):
-        Aggregation(coordinates=share)
+        Aggregation(scheme="fedavg", coordinates=share)

@@ -24,7 +24,7 @@ from fedward.errors import DataError, ModelError, SiteCode
 from fedward.identity import Identity, Member, Roster
 from fedward.messages import Letter, open_letter, seal_letter
 from fedward.plan import Model, Plan, Privacy, Rounds
-from fedward.plan_aggregation import Cohort
+from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.privacy.ledger import Ledger
 from fedward.tuning.vector import (
     Layout,
@@ -45,6 +45,7 @@ PLAN = Plan(
     rounds=Rounds(count=3, spare=1, steps=1, sampling_rate=1.0, normaliser=1.0, learning_rate=1.0),
     privacy=Privacy(epsilon=8.0, delta=1e-5),
     cohort=Cohort(minimum=3, colluders=0),
+    aggregation=Aggregation(scheme="fedavg"),
 )
 POLICY = Policy(
     max_epsilon=8.0, delta=1e-5, max_rounds=4, models=("a" * 64,), minimum=3, automatic=True

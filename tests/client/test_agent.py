@@ -134,7 +134,7 @@ def test_another_adapter_than_the_sum_gives_is_refused(desk):
 
 
 def test_other_moments_than_the_sum_gives_are_refused(tmp_path):
-    plan = dataclasses.replace(PLAN, aggregation=Aggregation(optimizer="momentum"))
+    plan = dataclasses.replace(PLAN, aggregation=Aggregation(scheme="fedavg", optimizer="momentum"))
     desk = Desk(tmp_path, plan=plan)
     desk.round(1)
     vector, moments = vector_of(desk.adapter, LAYOUT), moments_of(desk.adapter)
@@ -147,7 +147,7 @@ def test_other_moments_than_the_sum_gives_are_refused(tmp_path):
 
 def test_a_first_round_that_starts_with_moments_is_refused(tmp_path):
     """The next adapter follows from them, so they would put in any adapter."""
-    plan = dataclasses.replace(PLAN, aggregation=Aggregation(optimizer="momentum"))
+    plan = dataclasses.replace(PLAN, aggregation=Aggregation(scheme="fedavg", optimizer="momentum"))
     desk = Desk(tmp_path, plan=plan)
     loaded = replace_vector(
         START, LAYOUT, vector_of(START, LAYOUT), {"first": np.full(10, 1000, dtype=np.float32)}

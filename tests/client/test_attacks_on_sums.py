@@ -49,7 +49,7 @@ def everybody(desk: Desk, attempt: Attempt) -> None:
 
 
 def test_a_session_for_more_than_the_plan_s_share_is_refused(make_desk):
-    half = dataclasses.replace(PLAN, aggregation=Aggregation(coordinates=0.5))
+    half = dataclasses.replace(PLAN, aggregation=Aggregation(scheme="fedavg", coordinates=0.5))
     desk = make_desk(plan=half)
     everybody(desk, at(1))
     whole = {"message": desk.tally(at(1)).request()}  # the desk plans for all numbers

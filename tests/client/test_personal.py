@@ -36,7 +36,7 @@ def plan_of(base: Path, *names: str, **sections: Any) -> Plan:
     given: dict[str, Any] = {
         "tuner": Tuner(arguments=LORA, personal=names),
         "rounds": tiny.make_rounds(optimizer="sgd", learning_rate=0.5),
-        "aggregation": Aggregation(update_clip=10.0),
+        "aggregation": Aggregation(scheme="fedavg", update_clip=10.0),
         "privacy": tiny.NAKED,
     }
     return tiny.make_plan(base, **(given | sections))

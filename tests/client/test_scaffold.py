@@ -42,7 +42,7 @@ EMPTY = Records(rows=(), units=())
 
 def plan_of(base: Path, *, rounds: dict[str, Any] | None = None, **sections: Any) -> Plan:
     given = {"steps": STEPS, "learning_rate": RATE, "optimizer": "sgd", "scaffold": True}
-    settings = {"aggregation": Aggregation(update_clip=10.0)} | sections
+    settings = {"aggregation": Aggregation(scheme="fedavg", update_clip=10.0)} | sections
     return tiny.make_plan(base, rounds=tiny.make_rounds(**(given | (rounds or {}))), **settings)
 
 
@@ -85,7 +85,7 @@ class TestThePlan:
             ({"aggregation": Aggregation(scheme="alternating")}, "'fedavg' or 'ffa'"),
             ({"aggregation": Aggregation(scheme="sketch")}, "'fedavg' or 'ffa'"),
             ({"aggregation": Aggregation(scheme="sketch-once")}, "'fedavg' or 'ffa'"),
-            ({"aggregation": Aggregation(coordinates=0.5)}, "1 beside scaffold"),
+            ({"aggregation": Aggregation(scheme="fedavg", coordinates=0.5)}, "1 beside scaffold"),
             ({"cohort": Cohort(groups=3)}, "a median is no mean beside scaffold"),
             ({"fallback": Fallback(after=1, job="a")}, "none beside scaffold"),
             ({"tuner": Tuner(personal=("score",))}, "none beside scaffold"),
@@ -154,7 +154,7 @@ class TestTheStep:
 class TestTheTrainer:
     @pytest.mark.parametrize("clip", [10.0, 0.01])
     def test_it_keeps_what_follows_from_the_update_as_it_is_sent(self, base, tmp_path, clip):
-        plan = plan_of(base, aggregation=Aggregation(update_clip=clip))
+        plan = plan_of(base, aggregation=Aggregation(scheme="fedavg", update_clip=clip))
         first = trainer(tmp_path).train(request(plan)).update
         shared = numbers(plan, 1)
         asked = request(plan, 2, adapter=with_control(tuned_model(plan).start, shared))
@@ -355,7 +355,7 @@ def distance(*, scaffold: bool, steps: int = 10, rounds: int = 60, sites: int = 
     plan = dataclasses.replace(
         PLAN,
         rounds=dataclasses.replace(ROUNDS, steps=steps, learning_rate=rate, count=rounds),
-        aggregation=Aggregation(update_clip=1e3),
+        aggregation=Aggregation(scheme="fedavg", update_clip=1e3),
     )
     members = tuple(
         Member(id=i, name=str(i), public_key=key[:-1] + bytes([i])) for i in range(sites)

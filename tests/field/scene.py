@@ -53,7 +53,7 @@ def make_plan(base: Path) -> Plan:
             deadline="10m",
         ),
         cohort=Cohort(minimum=3, colluders=1),
-        aggregation=Aggregation(update_clip=1.0),
+        aggregation=Aggregation(scheme="fedavg", update_clip=1.0),
         privacy=Privacy(epsilon=EPSILON, delta=DELTA, clip=0.2, records_per_unit=2),
     )
 

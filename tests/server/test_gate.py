@@ -250,7 +250,9 @@ def make_plan(base: Any, held_out: Any, **changes: Any) -> Plan:
     given: dict[str, Any] = {
         "rounds": tiny.make_rounds(count=4, learning_rate=0.05),
         "privacy": tiny.NAKED,
-        "aggregation": Aggregation(update_clip=10.0),  # five times an update are sent whole
+        "aggregation": Aggregation(
+            scheme="fedavg", update_clip=10.0
+        ),  # five times an update are sent whole
         "gate": Gate(data=str(held_out), worse_by=0.0),
     }
     return tiny.make_plan(base, **(given | changes))

@@ -121,7 +121,7 @@ def test_every_round_is_committed_once_and_the_adapter_follows_from_the_sums(mak
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_sites_recompute_what_a_server_optimizer_does(make_rig, optimizer):
-    aggregation = Aggregation(optimizer=optimizer, server_learning_rate=0.5)
+    aggregation = Aggregation(scheme="fedavg", optimizer=optimizer, server_learning_rate=0.5)
     plan = dataclasses.replace(PLAN, aggregation=aggregation)
     rig = make_rig(plan=plan)
     adapter = rig.run()

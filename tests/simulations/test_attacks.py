@@ -8,6 +8,7 @@ import pytest
 
 from fedward.errors import ModelError
 from fedward.plan import Model, Plan, Privacy, Rounds, Task, Tuner
+from fedward.plan_aggregation import Aggregation
 from fedward.privacy.audit_membership import judge_membership, rmia_scores
 from fedward.privacy.noise import SecureStream
 from fedward.simulations.attack_inversion import token_scores
@@ -37,6 +38,7 @@ def plan(tmp_path_factory):
         rounds=Rounds(
             count=3, spare=0, steps=20, sampling_rate=0.5, normaliser=8, learning_rate=0.01
         ),
+        aggregation=Aggregation(scheme="fedavg"),
         privacy=PRIVATE,
     )
 

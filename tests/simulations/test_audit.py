@@ -34,6 +34,8 @@ steps = 4
 sampling_rate = 1.0
 normaliser = 8
 learning_rate = 0.01
+[aggregation]
+scheme = "fedavg"
 [privacy]
 epsilon = {epsilon}
 delta = 1e-5

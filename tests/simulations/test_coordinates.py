@@ -38,7 +38,7 @@ def test_four_rounds_of_a_quarter_with_a_dropout(tmp_path, base, settings):
     """The mean on the drawn numbers, the old ones elsewhere; after the cycle each was sent once."""
     plan = tiny.make_plan(
         base,
-        aggregation=Aggregation(coordinates=0.25, **settings),
+        aggregation=Aggregation(**{"scheme": "fedavg", "coordinates": 0.25, **settings}),
         cohort=Cohort(minimum=3, colluders=0),
         rounds=ROUNDS,
     )
@@ -82,7 +82,7 @@ def test_a_part_costs_what_the_whole_costs(tmp_path, base):
     found = []
     for share in (1.0, 0.25):
         folder = tmp_path / str(share)
-        plan = tiny.make_plan(base, aggregation=Aggregation(coordinates=share))
+        plan = tiny.make_plan(base, aggregation=Aggregation(scheme="fedavg", coordinates=share))
         federation = tiny.make_federation(folder, plan, tiny.recorders(tiny.make_sites(4)))
         federation.run()
         epsilons = [federation.epsilon_spent(name) for name in federation.names]
@@ -94,7 +94,7 @@ def test_a_part_costs_what_the_whole_costs(tmp_path, base):
 def test_groups_take_the_median_of_parts(tmp_path, base):
     plan = tiny.make_plan(
         base,
-        aggregation=Aggregation(coordinates=0.5),
+        aggregation=Aggregation(scheme="fedavg", coordinates=0.5),
         cohort=Cohort(minimum=3, colluders=1, groups=3),
         rounds=tiny.make_rounds(count=1),
     )
@@ -120,7 +120,7 @@ def test_groups_take_the_median_of_parts(tmp_path, base):
 def test_metrics_follow_the_part_and_personal_parts_stay(tmp_path, base):
     plan = tiny.make_plan(
         base,
-        aggregation=Aggregation(coordinates=0.25),
+        aggregation=Aggregation(scheme="fedavg", coordinates=0.25),
         metrics=Metrics(epsilon=1.0),
         tuner=Tuner(
             arguments={"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, personal=("score",)
@@ -150,5 +150,5 @@ def test_pooled_rounds_send_whole_gradients(base):
             base,
             mode="pooled",
             rounds=tiny.make_rounds(optimizer="sgd"),
-            aggregation=Aggregation(coordinates=0.5),
+            aggregation=Aggregation(scheme="fedavg", coordinates=0.5),
         )

@@ -153,7 +153,9 @@ def bytes_of_masked(federation: Federation, seen: Iterable[Message]) -> list[int
 )
 def test_every_rule_of_aggregation_on_real_updates(tmp_path, base, aggregation):
     plan = tiny.make_plan(
-        base, aggregation=Aggregation(**aggregation), rounds=tiny.make_rounds(count=3, proximal=0.1)
+        base,
+        aggregation=Aggregation(**{"scheme": "fedavg", **aggregation}),
+        rounds=tiny.make_rounds(count=3, proximal=0.1),
     )
     trainers = tiny.recorders(tiny.make_sites(4))
     seen = list[Message]()

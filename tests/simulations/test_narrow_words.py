@@ -19,7 +19,9 @@ CLIP = 0.3
 
 
 def test_rounds_with_a_dropout(tmp_path, base):
-    plan = tiny.make_plan(base, aggregation=Aggregation(word_bits=16, update_clip=CLIP))
+    plan = tiny.make_plan(
+        base, aggregation=Aggregation(scheme="fedavg", word_bits=16, update_clip=CLIP)
+    )
     trainers = tiny.recorders(tiny.make_sites(4))
     sizes = set[int]()
 

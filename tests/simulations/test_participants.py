@@ -99,12 +99,16 @@ def test_the_noise_in_a_pooled_sum_is_that_of_minimum_and_colluders(tmp_path, ba
                 ranks={"a": 1, "c": 1, "e": 1},
             ),
         },
-        {"aggregation": Aggregation(word_bits=16, optimizer="adam", update_clip=10.0)},
-        {"aggregation": Aggregation(coordinates=0.5, update_clip=10.0)},
+        {
+            "aggregation": Aggregation(
+                scheme="fedavg", word_bits=16, optimizer="adam", update_clip=10.0
+            )
+        },
+        {"aggregation": Aggregation(scheme="fedavg", coordinates=0.5, update_clip=10.0)},
         {
             "cohort": Cohort(minimum=3, colluders=0),
             "aggregation": Aggregation(
-                weights=dict.fromkeys("abcdef", 1.0) | {"f": 0.5}, update_clip=10.0
+                scheme="fedavg", weights=dict.fromkeys("abcdef", 1.0) | {"f": 0.5}, update_clip=10.0
             ),
         },
     ],

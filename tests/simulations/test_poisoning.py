@@ -28,7 +28,9 @@ from tests.simulations import tiny
 
 @pytest.fixture(scope="module")
 def plan(base):
-    return tiny.make_plan(base, privacy=tiny.NAKED, aggregation=Aggregation(update_clip=0.5))
+    return tiny.make_plan(
+        base, privacy=tiny.NAKED, aggregation=Aggregation(scheme="fedavg", update_clip=0.5)
+    )
 
 
 def test_labels_and_triggers_are_put_where_they_belong(plan):

@@ -48,7 +48,7 @@ def federate(folder: Path, plan: Plan, sites: dict[str, Records]) -> tuple[Vecto
 
 def test_without_noise_every_step_is_that_of_central_training(tmp_path, base):
     """Everybody is drawn, gradients are clipped, and only the noise is left out."""
-    wide = Aggregation(update_clip=100.0)
+    wide = Aggregation(scheme="fedavg", update_clip=100.0)
     plan = make_plan(base, privacy=tiny.NAKED, rounds={"count": 3}, aggregation=wide)
     found, _ = federate(tmp_path, plan, SITES)
     step = mechanism(plan, normaliser=plan.rounds.normaliser * len(SITES))
@@ -143,7 +143,9 @@ def sum_of(plan: Plan, records: Records) -> Vector:
 def test_one_patient_moves_a_sum_by_no_more_than_the_accounting_says(base, ratio):
     """At the ends of what a plan allows: nothing underflows, nothing overflows."""
     rounds = {"learning_rate": 4.0 * ratio, "normaliser": 4.0}
-    plan = make_plan(base, rounds=rounds, aggregation=Aggregation(update_clip=100.0 * ratio))
+    plan = make_plan(
+        base, rounds=rounds, aggregation=Aggregation(scheme="fedavg", update_clip=100.0 * ratio)
+    )
     records = tiny.make_records("a", 6)
     whole = sum_of(plan, records).astype(np.float64)
     moves = [
@@ -182,8 +184,12 @@ def test_a_policy_says_whether_a_site_pools(base):
         {"cohort": Cohort(minimum=3, colluders=0)},
         {"aggregation": Aggregation(scheme="alternating")},
         {"aggregation": Aggregation(scheme="sketch-once")},
-        {"aggregation": Aggregation(word_bits=16)},
-        {"aggregation": Aggregation(weights={"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0})},
+        {"aggregation": Aggregation(scheme="fedavg", word_bits=16)},
+        {
+            "aggregation": Aggregation(
+                scheme="fedavg", weights={"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}
+            )
+        },
     ],
 )
 def test_what_has_no_meaning_for_a_step_over_all_is_refused(base, sections):
@@ -192,6 +198,6 @@ def test_what_has_no_meaning_for_a_step_over_all_is_refused(base, sections):
 
 
 def test_a_grid_that_is_too_coarse_for_the_accounting_is_refused(tmp_path, base):
-    plan = make_plan(base, aggregation=Aggregation(update_clip=1e6))
+    plan = make_plan(base, aggregation=Aggregation(scheme="fedavg", update_clip=1e6))
     with pytest.raises(InvalidValue, match="update_clip"):
         federate(tmp_path, plan, SITES)

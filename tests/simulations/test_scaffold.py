@@ -38,7 +38,7 @@ def plan_of(base: Path, *, rounds: dict[str, Any] | None = None, **sections: Any
     settings = {"count": 3, "steps": STEPS, "learning_rate": RATE, "optimizer": "sgd"}
     given: dict[str, Any] = {
         "rounds": tiny.make_rounds(**(settings | {"scaffold": True} | (rounds or {}))),
-        "aggregation": Aggregation(update_clip=10.0),
+        "aggregation": Aggregation(scheme="fedavg", update_clip=10.0),
         "privacy": tiny.NAKED,
     }
     return tiny.make_plan(base, **(given | sections))
@@ -147,7 +147,9 @@ def uneven(count: int) -> dict[str, Records]:
 
 
 WEIGHED: dict[str, Any] = {
-    "aggregation": Aggregation(update_clip=10.0, weights={"a": 2.0, "b": 1.0, "c": 1.5, "d": 1.0}),
+    "aggregation": Aggregation(
+        scheme="fedavg", update_clip=10.0, weights={"a": 2.0, "b": 1.0, "c": 1.5, "d": 1.0}
+    ),
     "cohort": Cohort(minimum=4, colluders=1),
 }
 
@@ -173,7 +175,7 @@ def test_a_federation_is_the_papers(tmp_path, base, count, sections):
 
 def test_beside_a_server_optimizer_and_narrow_words(tmp_path, base):
     """The adapter is another than the paper's; the shared control variate is the sites' mean."""
-    settings = Aggregation(update_clip=2.0, optimizer="adam", word_bits=16)
+    settings = Aggregation(scheme="fedavg", update_clip=2.0, optimizer="adam", word_bits=16)
     plan, sites = plan_of(base, aggregation=settings), uneven(3)
     trainers = make_trainers(sites, tmp_path / "keep")
     adapter = tiny.make_federation(tmp_path, plan, trainers).run()

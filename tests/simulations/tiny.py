@@ -16,7 +16,7 @@ from fedward.canonical import Json
 from fedward.client.trainer import LocalTrainer
 from fedward.client.training import Scores, Trainer, TrainRequest, TrainResult
 from fedward.plan import Data, Model, Plan, Privacy, Rounds, Task, Tuner
-from fedward.plan_aggregation import Cohort
+from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.server.sessions import Observer
 from fedward.server.store import Event, Phase, RunStore
 from fedward.simulations.federation import RUN, Federation
@@ -84,6 +84,7 @@ def make_plan(base: Path, **sections: Any) -> Plan:
         "rounds": make_rounds(),
         "privacy": Privacy(epsilon=8.0, delta=1e-5, clip=0.5, records_per_unit=2),
         "cohort": Cohort(minimum=3, colluders=1),
+        "aggregation": Aggregation(scheme="fedavg"),
     }
     return Plan(**(given | sections))
 

@@ -26,6 +26,6 @@ def make_plan(folder: Path | str, **sections: Any) -> Plan:
         "task": Task(objective="classify", labels=LABELS, max_length=32),
         "data": Data(unit="patient"),
         "rounds": Rounds(count=1, steps=1, sampling_rate=0.5, normaliser=4.0, learning_rate=1e-2),
-        "aggregation": Aggregation(),
+        "aggregation": Aggregation(scheme="fedavg"),
     }
     return Plan(name="tiny", **(given | sections))

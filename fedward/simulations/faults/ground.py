@@ -9,7 +9,7 @@ from fedward.attempt import Attempt
 from fedward.client.policy import Policy
 from fedward.identity import Identity, Member, Roster
 from fedward.plan import Data, Model, Plan, Privacy, Rounds
-from fedward.plan_aggregation import Cohort
+from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.simulations.faults.schedule import SITES
 from fedward.tuning.vector import Layout, dimension, replace_vector
 
@@ -34,6 +34,7 @@ def make_plan(count: int = 2, spare: int = 2) -> Plan:
             deadline="10s",
         ),
         cohort=Cohort(minimum=3, colluders=1),
+        aggregation=Aggregation(scheme="fedavg"),
         privacy=Privacy(epsilon=8.0, delta=1e-5),
     )
 
