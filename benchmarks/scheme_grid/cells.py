@@ -107,6 +107,7 @@ TASKS = {
         data="dolly_fedit",
         rate=0.005,
         private_rate=1.0,
+        own_rates={"ffa": 4.0},
         rounds=16,
         steps=1,
         private_rounds=12,

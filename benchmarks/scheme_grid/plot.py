@@ -27,7 +27,7 @@ def plot(done: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """
     settings = [one for one in SETTINGS if any(cells_of(done, way, one) for way in WAYS)]
     rows = max(1, math.ceil(len(settings) / _COLUMNS))
-    with mpl.rc_context({"svg.hashsalt": "fedward", "font.size": 8}):
+    with mpl.rc_context({"svg.hashsalt": "fedward", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(
             figsize=(_PANEL[0] * min(_COLUMNS, len(settings) or 1), _PANEL[1] * rows),
             layout="constrained",
