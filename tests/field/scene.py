@@ -88,6 +88,7 @@ deadline = "{plan.rounds.deadline}"
 minimum = {plan.cohort.minimum}
 colluders = {plan.cohort.colluders}
 [aggregation]
+scheme = "{plan.aggregation.scheme}"
 update_clip = {plan.aggregation.update_clip}
 [privacy]
 epsilon = {plan.privacy.epsilon}
