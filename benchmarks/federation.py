@@ -23,7 +23,6 @@ from pathlib import Path
 
 from reporting import (
     choose,
-    finished,
     grid_options,
     report_cells,
     results_folder,
@@ -71,9 +70,9 @@ def main() -> None:
             work_through(results, cells)
             print("accuracy (dolly: loss) on the test rows, mean over seeds; differences with 95 %")
             print("paired intervals over the test rows, of these trainings and no others")
-            report_cells(results, grid(), options, PACKAGES, tables)
+            done = report_cells(results, grid(), options, PACKAGES, tables)
             if options.plot is not None:
-                plot(finished(results, grid()), options.plot)
+                plot(done, options.plot)
 
 
 if __name__ == "__main__":

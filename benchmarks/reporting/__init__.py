@@ -150,8 +150,12 @@ def report_cells(
     options: argparse.Namespace,
     packages: Sequence[str],
     tables: Tables,
-) -> None:
-    """Print what the finished cells say together: sentences, tables and figures as asked for."""
+) -> Done:
+    """Print what the finished cells say together: sentences, tables and figures as asked for.
+
+    Returns:
+        The finished cells.
+    """
     done = finished(results, cells)
     print("\n".join(tables.sentences(done)))
     if options.markdown:
@@ -159,6 +163,7 @@ def report_cells(
     if options.json:
         count = {"cells": len(cells), "done": len(done)}
         print(json.dumps({"machine": machine(*packages), **count, **tables.figures(done)}))
+    return done
 
 
 @contextlib.contextmanager

@@ -131,8 +131,8 @@ class Size:
         rounds: Most rounds, where the task has not fewer.
     """
 
-    rows: int = 2500
-    test: int = 1500
+    rows: int = 100_000
+    test: int = 100_000
     rounds: int = 1000
 
 

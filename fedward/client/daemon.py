@@ -3,7 +3,7 @@
 A change of ``policy.toml`` takes effect between two letters: the agent is built anew from its
 folder, as after a restart. The trainer, and the model in it, stay. A change of the pinned roster
 alone waits for the end of the round in hand, which the coordinator ends under the old one as well;
-for the plan's deadline at most.
+for the plan's deadline at most, and no longer than an hour.
 """
 
 import contextlib

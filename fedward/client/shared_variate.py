@@ -36,7 +36,7 @@ def for_training(adapter: bytes, plan: Plan, roster: Roster) -> bytes:
     """
     control = split_control(moments_of(adapter))[0] if plan.rounds.scaffold else None
     bare = without_moments(adapter)
-    return bare if control is None else _with(bare, shared_control(control, plan, roster))
+    return bare if control is None else with_control(bare, shared_control(control, plan, roster))
 
 
 def adapter_sizes(plan: Plan, start: bytes, layout: Layout) -> tuple[int, ...]:
@@ -49,10 +49,11 @@ def adapter_sizes(plan: Plan, start: bytes, layout: Layout) -> tuple[int, ...]:
     """
     if not plan.rounds.scaffold:
         return (len(start),)
-    return len(start), len(_with(start, np.zeros(dimension(layout), dtype=np.float32)))
+    return len(start), len(with_control(start, np.zeros(dimension(layout), dtype=np.float32)))
 
 
-def _with(adapter: bytes, control: Vector) -> bytes:
+def with_control(adapter: bytes, control: Vector) -> bytes:
+    """An adapter file with this control variate, ``(d,)``, as its only moment."""
     return replace_vector(adapter, (), np.zeros(0, dtype=np.float32), {CONTROL: control})
 
 

@@ -43,16 +43,7 @@ def plan_of(base: Path, *names: str, **sections: Any) -> Plan:
 
 
 def request(plan: Plan, number: int = 1, **changes: Any) -> TrainRequest:
-    tuned = tuned_model(plan)
-    given: dict[str, Any] = {
-        "plan": plan,
-        "attempt": Attempt(run="r", round=number),
-        "draw": 0,
-        "adapter": tuned.start,
-        "layout": tuned.layout,
-        "spent": number - 1,
-    }
-    return TrainRequest(**(given | changes))
+    return tiny.make_request(plan, number, **({"spent": number - 1} | changes))
 
 
 def trainer(keep: Path | None, patients: int = 4) -> LocalTrainer:

@@ -15,9 +15,9 @@ from fedward.aggregation.fixed_point import clip_update
 from fedward.attempt import Attempt
 from fedward.canonical import Json, canonical_json
 from fedward.client import shared_variate
-from fedward.client import trainer as module
 from fedward.client.remote_trainer import RemoteTrainer
 from fedward.client.scaffold import Variates
+from fedward.client.shared_variate import with_control
 from fedward.client.trainer import LocalTrainer, mechanism
 from fedward.client.trainer_service import serve
 from fedward.client.training import TrainRequest, TrainResult
@@ -27,9 +27,7 @@ from fedward.plan import Plan, Tuner
 from fedward.plan_aggregation import Aggregation, Cohort
 from fedward.plan_fallback import Fallback
 from fedward.plan_gate import Gate
-from fedward.privacy.noise import SecureStream
-from fedward.tuning.adapter import State, flatten, from_bytes, load_adapter
-from fedward.tuning.objectives import encode
+from fedward.tuning.adapter import State, from_bytes
 from fedward.tuning.records import Records
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import Vector, dimension, moments_of, replace_vector
@@ -37,7 +35,6 @@ from tests.client.desk import LAYOUT, PLAN, RUN, SITES, Desk, Scripted
 from tests.simulations import tiny
 
 STEPS, RATE = 3, 0.5
-EMPTY = Records(rows=(), units=())
 
 
 def plan_of(base: Path, *, rounds: dict[str, Any] | None = None, **sections: Any) -> Plan:
@@ -46,22 +43,9 @@ def plan_of(base: Path, *, rounds: dict[str, Any] | None = None, **sections: Any
     return tiny.make_plan(base, rounds=tiny.make_rounds(**(given | (rounds or {}))), **settings)
 
 
-def with_control(adapter: bytes, control: Vector) -> bytes:
-    return replace_vector(adapter, (), np.zeros(0, dtype=np.float32), {CONTROL: control})
-
-
 def request(plan: Plan, number: int = 1, **changes: Any) -> TrainRequest:
-    tuned = tuned_model(plan)
-    given: dict[str, Any] = {
-        "plan": plan,
-        "attempt": Attempt(run="r", round=number),
-        "draw": 0,
-        "adapter": tuned.start,
-        "layout": tuned.layout,
-        "spent": number - 1,
-        "counted": number - 1,
-    }
-    return TrainRequest(**(given | changes))
+    given = {"spent": number - 1, "counted": number - 1} | changes
+    return tiny.make_request(plan, number, **given)
 
 
 def numbers(plan: Plan, seed: int) -> Vector:
@@ -104,20 +88,8 @@ class TestThePlan:
 
 def moved(plan: Plan, kept: State, asked: TrainRequest, *, corrected: bool = True) -> Vector:
     """What a training of nobody, with the noise of one stream, changes."""
-    tuned = tuned_model(plan)
-    load_adapter(tuned.model, from_bytes(tuned.start))
-    before = flatten(tuned.model)
-    module.train_model(
-        tuned.model,
-        [],
-        encode(EMPTY, tuned.tokenizer, plan),
-        plan,
-        mechanism(plan),
-        steps=STEPS,
-        stream=SecureStream(bytes(32)),
-        before_step=Variates(asked, kept).correct if corrected else None,
-    )
-    return flatten(tuned.model) - before
+    correct = Variates(asked, kept).correct if corrected else None
+    return tiny.trained(plan, mechanism(plan), steps=STEPS, before_step=correct)
 
 
 class TestTheStep:

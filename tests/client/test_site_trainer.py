@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedward.attempt import Attempt
 from fedward.client import trainer_pb2 as wire
 from fedward.client.approval import approve
 from fedward.client.data_sources import Columns, load_source
@@ -28,10 +27,8 @@ from fedward.client.site_trainer import admission, check_trained, trainer_maker
 from fedward.client.trainer import LocalTrainer
 from fedward.client.trainer_process import TrainerProcess
 from fedward.client.trainer_service import TrainerService
-from fedward.client.training import TrainRequest
 from fedward.errors import DataError, ModelError, PolicyRefusal
 from fedward.plan import Plan
-from fedward.tuning.tuned import tuned_model
 from tests.client.well import declare, make_site, source
 from tests.simulations import tiny
 
@@ -115,24 +112,13 @@ def test_a_frozen_module_is_found_by_what_the_model_trains():
             check_trained(((name, (2, 8)),), policy)
 
 
-def asked(plan: Plan) -> TrainRequest:
-    tuned = tuned_model(plan)
-    return TrainRequest(
-        plan=plan,
-        attempt=Attempt(run="r", round=1),
-        draw=0,
-        adapter=tuned.start,
-        layout=tuned.layout,
-    )
-
-
 def test_a_sites_trainer_needs_neither_its_keys_nor_its_ledger(base, tmp_path):
     """The shipped unit hides them from it."""
     site, plan = make_site(tmp_path, base), tiny.make_plan(base)
     for path in (site.key, site.fleet_key):
         path.unlink()
     elsewhere = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path="no/such"))
-    request, steps = dataclasses.replace(asked(plan), plan=elsewhere), list[int]()
+    request, steps = dataclasses.replace(tiny.make_request(plan), plan=elsewhere), list[int]()
     trainer = trainer_maker(site)(elsewhere, "notes", steps.append)
     trainer.prepare(request)
     assert np.isfinite(trainer.train(request).update).all()
@@ -234,7 +220,7 @@ def test_a_patient_who_does_not_fit_is_left_out_without_a_word_to_the_agent(base
     task = wire.Task(dataset="notes", source=load_source(site, "notes").hash())
     trainer = service._trainer(plan, task)
     assert trainer.units == 4
-    assert np.isfinite(trainer.train(asked(plan)).update).all()
+    assert np.isfinite(trainer.train(tiny.make_request(plan)).update).all()
     assert f"{len(odd) + 1} rows do not fit the plan; their patients are left out" in caplog.text
     assert "CANARY" not in caplog.text
 
@@ -253,10 +239,10 @@ def test_the_command_trains_as_a_child_of_the_agent(base, tmp_path):
     site, plan = make_site(tmp_path, base), tiny.make_plan(base)
     remote = site_remote_trainer(site, child=True)
     with pytest.raises(PolicyRefusal, match="waits for approval"):
-        remote.prepare(asked(plan))
+        remote.prepare(tiny.make_request(plan))
     approve(site, plan, who="jo", now=datetime.now().astimezone())
-    remote.prepare(asked(plan))
-    assert np.isfinite(remote.train(asked(plan)).update).all()
+    remote.prepare(tiny.make_request(plan))
+    assert np.isfinite(remote.train(tiny.make_request(plan)).update).all()
     with pytest.raises(DataError):  # it keeps nobody apart
-        remote.evaluate(plan, asked(plan).adapter, "r")
+        remote.evaluate(plan, tiny.make_request(plan).adapter, "r")
     remote.close()

@@ -15,7 +15,6 @@ from fedward.plan import Data, Model, Task, Tuner
 from fedward.tuning.models import fingerprint
 from fedward.tuning.objectives import preference_loss, scores
 from fedward.tuning.tuned import tuned_model
-from tests.client.test_trainer import request
 from tests.simulations import tiny
 
 
@@ -77,7 +76,7 @@ def fused(layer: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 def test_fused_kernels_are_refused_before_anything_is_reserved(base, fresh, monkeypatch):
     plan = dataclasses.replace(tiny.make_plan(base), name="fused")
-    asked = request(plan)
+    asked = tiny.make_request(plan)
     monkeypatch.setattr(peft.tuners.lora.Linear, "forward", fused)
     trainer = LocalTrainer(tiny.make_records("a", 4), key=tiny.key("a"))
     with pytest.raises(ModelError, match=r"cannot be trained privately: .* fused kernel"):

@@ -12,38 +12,20 @@ import torch
 from fedward.attempt import Attempt
 from fedward.client import trainer as module
 from fedward.client.trainer import LocalTrainer, mechanism
-from fedward.client.training import TrainRequest
 from fedward.errors import DataError, ModelError
 from fedward.plan import Metrics, Plan, Privacy
 from fedward.privacy.accounting import epsilon
-from fedward.privacy.noise import SecureStream
 from fedward.privacy.planned import training_event
-from fedward.tuning.adapter import flatten, from_bytes, load_adapter
-from fedward.tuning.objectives import encode, loss_per_example
+from fedward.tuning.objectives import loss_per_example
 from fedward.tuning.records import Records, group
 from fedward.tuning.tuned import tuned_model
 from fedward.tuning.vector import Vector
 from tests.simulations import tiny
 
-EMPTY = Records(rows=(), units=())
-
-
-def request(plan: Plan, *, draw: int = 0, number: int = 1, **changes: Any) -> TrainRequest:
-    """What an agent asks for in the first session."""
-    tuned = tuned_model(plan)
-    given: dict[str, Any] = {
-        "plan": plan,
-        "attempt": Attempt(run="r", round=number),
-        "draw": draw,
-        "adapter": tuned.start,
-        "layout": tuned.layout,
-    }
-    return TrainRequest(**(given | changes))
-
 
 def update(plan: Plan, records: Records, *, site: str = "a", **changes: Any) -> Vector:
     trainer = LocalTrainer(records, key=tiny.key(site))
-    return trainer.train(request(plan, **changes)).update
+    return trainer.train(tiny.make_request(plan, **changes)).update
 
 
 @pytest.fixture
@@ -81,7 +63,7 @@ def test_one_session_tried_again_before_anything_left_is_the_same_update(plan):
 
 def test_without_a_key_the_noise_is_the_operating_systems(plan):
     records = tiny.make_records("a", 4)
-    one, other = (LocalTrainer(records).train(request(plan)).update for _ in range(2))
+    one, other = (LocalTrainer(records).train(tiny.make_request(plan)).update for _ in range(2))
     assert not np.array_equal(one, other)
 
 
@@ -98,19 +80,8 @@ def noise_of_one_step(base: Path, *, factor: float = 1.0) -> float:
     rounds = tiny.make_rounds(optimizer="sgd", learning_rate=1.0)
     plan = tiny.make_plan(base, rounds=rounds)
     private = mechanism(plan)
-    tuned = tuned_model(plan)
-    load_adapter(tuned.model, from_bytes(tuned.start))
-    before = flatten(tuned.model)
-    module.train_model(
-        tuned.model,
-        [],
-        encode(EMPTY, tuned.tokenizer, plan),
-        plan,
-        dataclasses.replace(private, noise_multiplier=private.noise_multiplier * factor),
-        steps=1,
-        stream=SecureStream(bytes(32)),
-    )
-    moved = flatten(tuned.model) - before
+    noisier = dataclasses.replace(private, noise_multiplier=private.noise_multiplier * factor)
+    moved = tiny.trained(plan, noisier, steps=1)
     return float(moved.std()) * rounds.normaliser / private.noise_multiplier / plan.privacy.clip
 
 
@@ -127,15 +98,8 @@ def test_proximal_pulls_every_step_to_the_start_after_the_noise(base):
     plan = tiny.make_plan(base, rounds=tiny.make_rounds(optimizer="sgd", learning_rate=rate))
 
     def noise(steps: int, mu: float) -> Vector:
-        tuned = tuned_model(plan)
-        load_adapter(tuned.model, from_bytes(tuned.start))
-        before = flatten(tuned.model)
-        nobody, stream = encode(EMPTY, tuned.tokenizer, plan), SecureStream(bytes(32))
-        step, pull = mechanism(plan), module._stay_near(mu) if mu else None
-        module.train_model(
-            tuned.model, [], nobody, plan, step, steps=steps, stream=stream, before_step=pull
-        )
-        return flatten(tuned.model) - before
+        pull = module._stay_near(mu) if mu else None
+        return tiny.trained(plan, mechanism(plan), steps=steps, before_step=pull)
 
     one, two, pulled = noise(1, 0.0), noise(2, 0.0), noise(2, 1 / rate)
     np.testing.assert_allclose(pulled, two - one, atol=1e-5)
@@ -145,21 +109,8 @@ def test_proximal_pulls_every_step_to_the_start_after_the_noise(base):
 
 def moved(plan: Plan, **options: Any) -> Vector:
     """What two steps without noise, which everybody is drawn for, change."""
-    tuned = tuned_model(plan)
-    load_adapter(tuned.model, from_bytes(tuned.start))
-    before = flatten(tuned.model)
-    records = tiny.make_records("a", 6)
-    module.train_model(
-        tuned.model,
-        records.units,
-        encode(records, tuned.tokenizer, plan),
-        plan,
-        dataclasses.replace(mechanism(plan), sampling_rate=1.0, noise_multiplier=0.0),
-        steps=2,
-        stream=SecureStream(bytes(32)),
-        **options,
-    )
-    return flatten(tuned.model) - before
+    step = dataclasses.replace(mechanism(plan), sampling_rate=1.0, noise_multiplier=0.0)
+    return tiny.trained(plan, step, steps=2, records=tiny.make_records("a", 6), **options)
 
 
 def test_memory_settings_change_passes_and_no_update(base, monkeypatch):
@@ -236,12 +187,12 @@ def test_parameters_that_overflow_are_an_error_that_the_noise_explains(base):
 
 def test_a_site_without_records_answers_with_noise_and_says_so_at_home(base, caplog):
     """An error would tell whether its only patient is there; without privacy it is one."""
-    found = update(tiny.make_plan(base), EMPTY)
+    found = update(tiny.make_plan(base), tiny.NOBODY)
     assert np.isfinite(found).all()
     assert np.abs(found).max() > 0
     assert "its updates are noise alone" in caplog.text
     with pytest.raises(DataError, match="at least one patient"):
-        update(tiny.make_plan(base, privacy=tiny.NAKED), EMPTY)
+        update(tiny.make_plan(base, privacy=tiny.NAKED), tiny.NOBODY)
 
 
 @pytest.mark.parametrize("odd", [{"label": "CANARY-liver"}, {"text": "CANARY \ud800"}])
@@ -281,7 +232,7 @@ def test_the_sites_own_evaluation_needs_records_of_its_own(plan):
 def test_the_sites_own_model_folder_takes_the_place_of_the_plans_path(plan, base):
     records = tiny.make_records("a", 4)
     elsewhere = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path="elsewhere"))
-    asked = dataclasses.replace(request(plan), plan=elsewhere)
+    asked = dataclasses.replace(tiny.make_request(plan), plan=elsewhere)
     with pytest.raises(ModelError, match="no such folder"):
         LocalTrainer(records).train(asked)
     steps: list[int] = []
@@ -295,7 +246,7 @@ def test_metric_slots_come_with_the_update_where_the_plan_asks(base):
     naked = Privacy(epsilon=math.inf, delta=1e-5)
     for metrics, expected in ((None, 0), (Metrics(epsilon=1.0), 3)):
         plan = tiny.make_plan(base, privacy=naked, metrics=metrics)
-        result = LocalTrainer(records, held_out=held_out).train(request(plan))
+        result = LocalTrainer(records, held_out=held_out).train(tiny.make_request(plan))
         assert result.slots.shape == (expected,)
     loss, correct, units = result.slots
     assert units == 5

@@ -12,10 +12,8 @@ import pytest
 
 from fedward.aggregation.fixed_point import decode
 from fedward.aggregation.shared_noise import noisy_grid
-from fedward.attempt import Attempt
 from fedward.client.policy import Policy
 from fedward.client.trainer import LocalTrainer, mechanism
-from fedward.client.training import TrainRequest
 from fedward.errors import InvalidValue
 from fedward.identity import Identity
 from fedward.plan import Plan
@@ -128,15 +126,7 @@ def test_the_ledger_has_what_was_shared_and_what_the_own_share_gives(tmp_path, b
 
 def sum_of(plan: Plan, records: Records) -> Vector:
     """What the trainer hands to the agent."""
-    tuned = tuned_model(plan)
-    request = TrainRequest(
-        plan=plan,
-        attempt=Attempt(run="r", round=1),
-        draw=0,
-        adapter=tuned.start,
-        layout=tuned.layout,
-    )
-    return LocalTrainer(records, key=bytes(32)).train(request).update
+    return LocalTrainer(records, key=bytes(32)).train(tiny.make_request(plan)).update
 
 
 @pytest.mark.parametrize("ratio", [1e-9, 0.125, 1e9])

@@ -13,19 +13,26 @@ import numpy.typing as npt
 from fedward.aggregation.masks import Words
 from fedward.attempt import Attempt
 from fedward.canonical import Json
+from fedward.client import trainer as trainer_module
 from fedward.client.trainer import LocalTrainer
 from fedward.client.training import Scores, Trainer, TrainRequest, TrainResult
 from fedward.plan import Data, Model, Plan, Privacy, Rounds, Task, Tuner
 from fedward.plan_aggregation import Aggregation, Cohort
+from fedward.privacy.noise import SecureStream
+from fedward.privacy.optimizer import Mechanism
 from fedward.server.sessions import Observer
 from fedward.server.store import Event, Phase, RunStore
 from fedward.simulations.federation import RUN, Federation
+from fedward.tuning.adapter import flatten, from_bytes, load_adapter
 from fedward.tuning.models import fingerprint
+from fedward.tuning.objectives import encode
 from fedward.tuning.records import Records, group
 from fedward.tuning.small import build_llama, build_tokenizer
 from fedward.tuning.tuned import tuned_model
+from fedward.tuning.vector import Vector
 
 LABELS = ("heart", "lung")
+NOBODY = Records(rows=(), units=())
 _TEXTS = {
     "heart": "chest pain and a fast pulse after stairs",
     "lung": "dry cough and short breath since Monday",
@@ -101,6 +108,39 @@ def make_rounds(**changes: Any) -> Rounds:
         "deadline": "60s",
     }
     return Rounds(**(given | changes))
+
+
+def make_request(plan: Plan, number: int = 1, **changes: Any) -> TrainRequest:
+    """What an agent asks its trainer for, in the first session of a round of run ``r``."""
+    tuned = tuned_model(plan)
+    given: dict[str, Any] = {
+        "plan": plan,
+        "attempt": Attempt(run="r", round=number),
+        "draw": 0,
+        "adapter": tuned.start,
+        "layout": tuned.layout,
+    }
+    return TrainRequest(**(given | changes))
+
+
+def trained(
+    plan: Plan, step: Mechanism, *, steps: int, records: Records = NOBODY, **options: Any
+) -> Vector:
+    """What steps from the plan's start change, with the noise of one and the same stream."""
+    tuned = tuned_model(plan)
+    load_adapter(tuned.model, from_bytes(tuned.start))
+    before = flatten(tuned.model)
+    trainer_module.train_model(
+        tuned.model,
+        records.units,
+        encode(records, tuned.tokenizer, plan),
+        plan,
+        step,
+        steps=steps,
+        stream=SecureStream(bytes(32)),
+        **options,
+    )
+    return flatten(tuned.model) - before
 
 
 def plan_text(base: Path, *, count: int = 2, spare: int = 1) -> str:
